@@ -1,0 +1,181 @@
+"""The public operator: checks, prefix, choice of form."""
+
+import typing
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lasad_jax.ops import manhattan, recurrence
+from lasad_jax.ops.decays import Decay, Grid, ManhattanDecay
+from lasad_jax.ops.numerics import accumulator, einsum
+from lasad_jax.ops.quadratic import quadratic
+from lasad_jax.ops.state import State, init_state
+
+IMPLEMENTATIONS = ("auto", "quadratic", "scan", "chunked")
+
+# Longest sequence for which writing out (N, N) weights beats the chunked form.
+_QUADRATIC_UP_TO = {"cpu": 64, "gpu": 256, "tpu": 128}
+_CHUNK = 64
+_SCAN_CHUNK = 16
+
+
+def linear_attention(
+    q: Float[Array, "B N H Dk"],
+    k: Float[Array, "B N H Dk"],
+    v: Float[Array, "B N H Dv"],
+    decay: Decay,
+    *,
+    grid: Grid,
+    num_prefix: int = 1,
+    log_gate: Float[Array, "B N H"] | None = None,
+    implementation: str = "auto",
+    initial_state: State | None = None,
+    return_state: bool = False,
+) -> Float[Array, "B N H Dv"] | tuple[Float[Array, "B N H Dv"], State]:
+    """o_t = sum over s <= t of D(t, s) (q_t . k_s) v_s, at a cost linear in N.
+
+    Args:
+      q, k, v: tokens in raster order after `num_prefix` prefix tokens; with
+        `initial_state` the tokens that follow those already seen. Any float type; states
+        and decays are float32 (float64 for float64 inputs).
+      decay: `NoDecay`, `SequenceDecay`, `RasterDecay` or `ManhattanDecay`.
+      grid: (R, C), N <= num_prefix + R * C. A partial image is allowed.
+      num_prefix: tokens before the grid. They never decay.
+      log_gate: optional content gate, a non-positive addition to the log-decay of each
+        step (ignored on prefix tokens). Not for `ManhattanDecay`.
+      implementation: "quadratic", "scan", "chunked", or "auto", which writes out the
+        weights of short sequences and is chunked beyond.
+      initial_state: where an earlier call stopped.
+      return_state: also return the state after the last token.
+
+    Returns:
+      o in v's dtype, and the state if asked for.
+
+    Raises:
+      ValueError: naming the argument that does not fit and what would.
+    """
+    _check(q, k, v, decay, grid, num_prefix, log_gate, implementation, initial_state)
+    stateful = return_state or initial_state is not None
+    if implementation == "quadratic" and stateful:
+        raise ValueError("implementation='quadratic' carries no state; use 'chunked' or 'scan'")
+    if implementation == "auto":
+        short = q.shape[1] <= _QUADRATIC_UP_TO.get(jax.default_backend(), 64)
+        implementation = "quadratic" if short and not stateful else "chunked"
+    if implementation == "quadratic":
+        return quadratic(q, k, v, decay, grid=grid, num_prefix=num_prefix, log_gate=log_gate)
+
+    batch, num_tokens, num_heads, key_dim = q.shape
+    state = initial_state or init_state(
+        decay,
+        batch=batch,
+        num_heads=num_heads,
+        key_dim=key_dim,
+        value_dim=v.shape[-1],
+        grid=grid,
+        num_prefix=num_prefix,
+        dtype=v.dtype,
+    )
+    # A plain 0 keeps positions static, so that the common call folds them into constants.
+    index = state.index if initial_state is not None else 0
+    state, from_prefix = _take_prefix(q, k, v, state, index)
+    linear = _column_memory if isinstance(decay, ManhattanDecay) else _one_memory
+    out, memory = linear(
+        q, k, v, decay, state.memory, index, grid, num_prefix, log_gate, implementation
+    )
+    out = (out + from_prefix).astype(v.dtype)
+    if not return_state:
+        return out
+    return out, State(state.prefix_k, state.prefix_v, memory, state.index + num_tokens)
+
+
+def _take_prefix(
+    q: Array, k: Array, v: Array, state: State, index: Int[Array, ""] | int
+) -> tuple[State, Float[Array, "B N H Dv"]]:
+    """Stores the prefix tokens among these tokens; returns what all tokens read from them."""
+    num_tokens, num_prefix = q.shape[1], state.prefix_k.shape[1]
+    p = jnp.arange(num_prefix)
+    source = jnp.clip(p - index, 0, num_tokens - 1)
+    here = ((p >= index) & (p < index + num_tokens))[:, None, None]
+    prefix_k = jnp.where(here, k[:, source], state.prefix_k)
+    prefix_v = jnp.where(here, v[:, source], state.prefix_v)
+    visible = index + jnp.arange(num_tokens)[:, None] >= p
+    scores = einsum("bthd,bphd->bhtp", q, prefix_k.astype(q.dtype)) * visible
+    out = einsum("bhtp,bphe->bthe", scores.astype(v.dtype), prefix_v.astype(v.dtype))
+    return State(prefix_k, prefix_v, state.memory, state.index), out
+
+
+def _one_memory(q, k, v, decay, memory, index, grid, num_prefix, log_gate, implementation):
+    """The decays that are a single recurrence."""
+    acc = accumulator(q.dtype)
+    place = index + jnp.arange(q.shape[1]) - num_prefix
+    g = decay.step_log_factor(place, grid).astype(acc)[None]
+    g = g if log_gate is None else g + log_gate.astype(acc)
+    # A step leads from one grid token to the next: none to the first, none among the prefix.
+    g = jnp.where((place > 0)[None, :, None], g, 0.0)
+    k = jnp.where((place >= 0)[None, :, None, None], k, 0)
+    form = {"chunked": recurrence.chunked, "scan": recurrence.scan}[implementation]
+    chunk = _CHUNK if implementation == "chunked" else _SCAN_CHUNK
+    return form(q, k, v, g, memory, chunk=min(chunk, q.shape[1]))
+
+
+def _column_memory(q, k, v, decay, memory, index, grid, num_prefix, log_gate, implementation):
+    """The exact 2D decay, a matrix for each column."""
+    num_tokens, columns = q.shape[1], grid[1]
+    decay = jax.tree.map(lambda rate: rate.astype(memory.dtype), decay)
+    if isinstance(index, int):
+        # Nothing seen yet: leave the prefix out, so that the image starts a row of its own.
+        column, skipped = 0, min(num_prefix, num_tokens)
+        q, k, v = (x[:, skipped:] for x in (q, k, v))
+    else:
+        place = index + jnp.arange(num_tokens) - num_prefix
+        column, skipped = place[0] % columns, 0
+        k = jnp.where((place >= 0)[None, :, None, None], k, 0)
+    on_grid = num_tokens - skipped
+    if on_grid == 0:
+        return jnp.zeros_like(v, shape=(v.shape[0], num_tokens, *v.shape[2:])), memory
+    rows_q, rows_k, rows_v = (manhattan.lay_on_rows(x, column, columns) for x in (q, k, v))
+    start = manhattan.memory_at_row(memory, decay, column)
+    if implementation == "chunked":
+        rows = manhattan.chunked(rows_q, rows_k, rows_v, decay, start)
+    else:
+        rows = manhattan.scan(rows_q, rows_k, rows_v, decay, start)
+    out = manhattan.take_from_rows(rows, column, on_grid)
+    out = jnp.pad(out, [(0, 0), (skipped, 0), (0, 0), (0, 0)])
+    return out, manhattan.final_memory(rows_k, rows_v, memory, decay, column, on_grid)
+
+
+def _check(q, k, v, decay, grid, num_prefix, log_gate, implementation, initial_state):
+    if q.ndim != 4 or q.shape != k.shape:
+        raise ValueError(f"q, k: expected equal shapes (B, N, H, Dk), got {q.shape} and {k.shape}")
+    if v.ndim != 4 or v.shape[:3] != q.shape[:3]:
+        raise ValueError(f"v: expected {(*q.shape[:3], 'Dv')} like q {q.shape}, got {v.shape}")
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: {implementation!r} is not one of {IMPLEMENTATIONS}")
+    longest = num_prefix + grid[0] * grid[1]
+    if not 1 <= q.shape[1] <= longest:
+        raise ValueError(
+            f"q: {q.shape[1]} tokens do not fit grid {grid} after num_prefix={num_prefix} "
+            f"tokens; pass 1 to {longest} tokens or a larger grid"
+        )
+    if not isinstance(decay, Decay):
+        families = [family.__name__ for family in typing.get_args(Decay)]
+        raise ValueError(f"decay: {decay!r} is none of {families}")
+    for name, rate in vars(decay).items():
+        if rate.shape != (q.shape[2],):
+            raise ValueError(
+                f"decay.{name}: expected one rate for each of {q.shape[2]} heads, got {rate.shape}"
+            )
+    if log_gate is not None:
+        if isinstance(decay, ManhattanDecay):
+            raise ValueError(
+                "log_gate: ManhattanDecay takes no content gate; pass log_gate=None "
+                "or use RasterDecay"
+            )
+        if log_gate.shape != q.shape[:3]:
+            raise ValueError(f"log_gate: expected {q.shape[:3]}, got {log_gate.shape}")
+    if initial_state is not None and initial_state.prefix_k.shape[1] != num_prefix:
+        raise ValueError(
+            f"num_prefix: {num_prefix}, but initial_state was made for "
+            f"{initial_state.prefix_k.shape[1]} prefix tokens"
+        )

@@ -1,0 +1,148 @@
+"""The linear forms of the exact 2D decay: one matrix of memory per column of the grid.
+
+With a = exp(-row_rate), b = exp(-column_rate) and Z[c] the decayed sum over the tokens of
+column c, a token at column c reads sum over c' of b^|c - c'| Z[c']: its row scanned from
+both sides. From one row to the next Z is multiplied by a.
+
+Tokens are first laid on whole rows, wherever in a row they start; cells that hold no
+token have zero keys and so leave no trace.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from lasad_jax.ops.decays import ManhattanDecay
+from lasad_jax.ops.numerics import accumulator, combine, einsum
+
+_ROWS_PER_BLOCK = 8
+_TOKENS_PER_BLOCK = 64
+
+Rows = Float[Array, "B R C H D"]
+ColumnMemory = Float[Array, "B H C Dk Dv"]
+
+
+def lay_on_rows(x: Float[Array, "B N H D"], column: Int[Array, ""] | int, columns: int) -> Rows:
+    """Whole rows that hold the tokens of x, the first of them at `column`."""
+    offset = columns - 1 if isinstance(column, jax.Array) else column
+    rows = -(-(x.shape[1] + offset) // columns)
+    cells = jnp.zeros((x.shape[0], rows * columns, *x.shape[2:]), x.dtype)
+    cells = jax.lax.dynamic_update_slice_in_dim(cells, x, column, axis=1)
+    return cells.reshape(x.shape[0], rows, columns, *x.shape[2:])
+
+
+def take_from_rows(rows: Rows, column: Int[Array, ""] | int, num_tokens: int) -> Array:
+    """The inverse of `lay_on_rows`."""
+    cells = rows.reshape(rows.shape[0], -1, *rows.shape[3:])
+    return jax.lax.dynamic_slice_in_dim(cells, column, num_tokens, axis=1)
+
+
+def _column_decay(decay: ManhattanDecay, columns: int) -> Float[Array, "H C C"]:
+    c = jnp.arange(columns)
+    return jnp.exp(-decay.column_rate[:, None, None] * jnp.abs(c[:, None] - c[None, :]))
+
+
+def _row_decay(decay: ManhattanDecay, rows: Int[Array, "*n"]) -> Float[Array, "*n H"]:
+    return jnp.exp(-decay.row_rate * rows[..., None])
+
+
+def memory_at_row(
+    memory: ColumnMemory, decay: ManhattanDecay, column: Int[Array, ""] | int
+) -> ColumnMemory:
+    """All columns as of the row of the next token, which stands at `column`."""
+    passed = (jnp.arange(memory.shape[2]) >= column).astype(jnp.int32)
+    return memory * _row_decay(decay, passed).T[:, :, None, None]
+
+
+def final_memory(
+    k: Rows,
+    v: Rows,
+    memory: ColumnMemory,
+    decay: ManhattanDecay,
+    column: Int[Array, ""] | int,
+    num_tokens: int,
+) -> ColumnMemory:
+    """Each column as of its own last token, from the state before these rows."""
+    rows, columns = k.shape[1:3]
+    c = jnp.arange(columns)
+    last_row = (column + num_tokens - 1 - c) // columns
+    distance = last_row - jnp.arange(rows)[:, None]
+    weight = _row_decay(decay, jnp.maximum(distance, 0)).astype(memory.dtype)
+    decayed_k = (k * weight[..., None]).astype(v.dtype)
+    added = einsum("brchd,brche->bhcde", decayed_k, v)
+    passed = last_row + (c >= column)
+    return _row_decay(decay, passed).T[:, :, None, None] * memory + added
+
+
+def chunked(
+    q: Rows, k: Rows, v: Rows, decay: ManhattanDecay, memory: ColumnMemory
+) -> Rows:
+    """Matrix products within blocks of whole rows, column states carried between them.
+
+    Args:
+      q, k, v: tokens laid on rows.
+      memory: all columns as of the first row (`memory_at_row`).
+
+    Returns:
+      the outputs, laid on rows.
+    """
+    num_rows, columns, dtype = q.shape[1], q.shape[2], v.dtype
+    # The backward pass keeps C * Dk * Dv numbers for every block, so blocks must not be thin.
+    num_blocks = -(-num_rows // max(_ROWS_PER_BLOCK, _TOKENS_PER_BLOCK // columns))
+    rows_per_block = -(-num_rows // num_blocks)
+    padding = [(0, 0), (0, -num_rows % rows_per_block)] + [(0, 0)] * 3
+    blocks = [
+        jnp.moveaxis(
+            jnp.pad(x, padding).reshape(x.shape[0], -1, rows_per_block, *x.shape[2:]), 1, 0
+        )
+        for x in (q, k, v)
+    ]
+    r = jnp.arange(rows_per_block)
+    t = jnp.arange(rows_per_block * columns)
+    log_weights = decay.pair_log_decay(t, t, (rows_per_block, columns))
+    weights = jnp.exp(jnp.where(t[:, None] >= t[None, :], log_weights, -jnp.inf))
+    mix = _column_decay(decay, columns).astype(memory.dtype)
+    down_to = _row_decay(decay, r)[None, :, None, :, None]
+    down_from = _row_decay(decay, rows_per_block - r)[None, :, None, :, None]
+    down_all = _row_decay(decay, jnp.asarray(rows_per_block))[:, None, None, None]
+
+    @jax.checkpoint
+    def one_block(memory, block):
+        q, k, v = block
+        flat_q, flat_k, flat_v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in block)
+        scores = einsum("bthd,bshd->bhts", flat_q, flat_k) * weights
+        within = einsum("bhts,bshe->bthe", scores.astype(dtype), flat_v)
+        mixed = einsum("hxc,bhcde->bhxde", mix, memory).astype(dtype)
+        carried = einsum("brchd,bhcde->brche", (q * down_to).astype(dtype), mixed)
+        added = einsum("brchd,brche->bhcde", (k * down_from).astype(dtype), v)
+        return down_all * memory + added, (carried + within.reshape(carried.shape)).astype(dtype)
+
+    _, out = jax.lax.scan(one_block, memory, blocks)
+    out = jnp.moveaxis(out, 0, 1)
+    return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :num_rows]
+
+
+def scan(q: Rows, k: Rows, v: Rows, decay: ManhattanDecay, memory: ColumnMemory) -> Rows:
+    """`associative_scan` along each row from both sides, column states carried downwards."""
+    dtype, acc = v.dtype, accumulator(q.dtype)
+    row_factor = _row_decay(decay, jnp.asarray(1))[:, None, None, None]
+    column_factor = _row_decay(
+        ManhattanDecay(decay.column_rate, decay.row_rate), jnp.ones(q.shape[2], jnp.int32)
+    ).T[None, :, :, None, None]
+
+    def sweep(states, reverse=False):
+        return jax.lax.associative_scan(combine, (column_factor, states), reverse=reverse, axis=2)[
+            1
+        ]
+
+    @jax.checkpoint
+    def one_row(memory, row):
+        q, k, v = row
+        own = jnp.einsum("bchd,bche->bhcde", k, v, precision=jax.lax.Precision.HIGHEST)
+        # Own row from the left only; rows above from both sides, their own column once.
+        seen = sweep(own + memory) + sweep(memory, reverse=True) - memory
+        return row_factor * (memory + own), einsum("bchd,bhcde->bche", q, seen)
+
+    rows = [jnp.moveaxis(x.astype(acc), 1, 0) for x in (q, k, v)]
+    _, out = jax.lax.scan(one_row, memory, rows)
+    return jnp.moveaxis(out, 0, 1).astype(dtype)

@@ -1,0 +1,59 @@
+"""Precision rules shared by every form: float32 accumulation, exact log-decay differences."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Step log-factors below this are indistinguishable from a full reset in float32
+# (exp(-104) is 0); bounding them keeps the coarse part of `cumulative_log_decay` exact.
+_RESET = -256.0
+_QUANTUM = 2.0**-6
+
+
+def accumulator(dtype: jnp.dtype) -> jnp.dtype:
+    """float32 for bf16, f16 and float32 inputs, float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def einsum(subscripts: str, *operands: Array) -> Array:
+    """Matrix product of equally typed operands, accumulated in float32 or better.
+
+    float32 operands multiply in full float32: the default on GPU (TF32) and TPU (bf16)
+    would lose three of its seven digits.
+    """
+    full = operands[0].dtype == jnp.float32
+    return jnp.einsum(
+        subscripts,
+        *operands,
+        precision=jax.lax.Precision.HIGHEST if full else None,
+        preferred_element_type=accumulator(operands[0].dtype),
+    )
+
+
+def cumulative_log_decay(
+    g: Float[Array, "*lead"], axis: int
+) -> tuple[Float[Array, "*lead"], Float[Array, "*lead"]]:
+    """Running sum of log-factors as (coarse, fine), so that differences are exact.
+
+    Neighbours far down a float32 running sum would differ by rounding: after 64 steps of
+    -20 their difference is wrong by 1e-4. The coarse part sums multiples of 1/64, which
+    float32 does without error up to 2^18; the fine part stays small.
+
+    Args:
+      g: non-positive log-factors.
+      axis: the axis to sum along.
+
+    Returns:
+      coarse, fine: inclusive sums; coarse + fine is the running sum of g. Take
+      differences of each before adding them.
+    """
+    g = jnp.maximum(g, _RESET)
+    coarse = jax.lax.stop_gradient(jnp.round(g / _QUANTUM) * _QUANTUM)
+    return jnp.cumsum(coarse, axis=axis), jnp.cumsum(g - coarse, axis=axis)
+
+
+def combine(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
+    """The associative operator of every scan: (a, S) then (b, T) -> (a b, b S + T)."""
+    a, s = earlier
+    b, t = later
+    return a * b, b * s + t
