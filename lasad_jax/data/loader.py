@@ -1,0 +1,130 @@
+"""Batches as a pure function of (seed, step), whatever the number of processes.
+
+The epochs laid end to end are one endless sequence of examples; the batch of step k is its
+k-th block of `batch_size`, and process p of n takes the p-th of n equal parts of that. So a
+run goes on from a single stored number, the step, on any number of processes.
+"""
+
+import functools
+import sys
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+from jaxtyping import Integer
+
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(
+    tokens: Integer[np.ndarray, "N L"],
+    labels: Integer[np.ndarray, " N"],
+    *,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """Endless shuffled batches, made ahead of time on a thread.
+
+    Each epoch has its own order and holds every example once; where N is no multiple of
+    `batch_size`, batches run across the border between epochs.
+
+    Args:
+      tokens, labels: all examples, in memory or memory-mapped.
+      batch_size: of the global batch, all processes together.
+      seed: from 0 to 2^64 - 1.
+      start_step: where to begin: the first batch is the one of this step.
+      process_index, process_count: which part of each batch is this process's.
+
+    Returns:
+      An iterator over "tokens" (batch_size / process_count, L) and "labels"
+      (batch_size / process_count,), both int32.
+
+    Raises:
+      ValueError: sizes that do not fit together.
+    """
+    local = _local_rows(tokens, labels, batch_size, process_index, process_count)
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed is {seed}; choose one from 0 to 2^64 - 1")
+    if start_step < 0:
+        raise ValueError(f"start_step is {start_step}; steps count from 0")
+    size = len(tokens)
+
+    # Philox is a counter-based generator whose stream NumPy promises never to change, unlike
+    # that of Generator.permutation; (seed, epoch) is its whole key. Two epochs are kept, as
+    # a batch may reach from one into the next.
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        key = np.array([seed, epoch], np.uint64)
+        return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
+
+    def make_batch(step: int) -> Batch:
+        epochs, places = np.divmod(step * batch_size + local, size)
+        rows = np.concatenate([order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
+        return _take(tokens, labels, rows)
+
+    steps = grain.MapDataset.range(start_step, sys.maxsize)
+    # One thread: a second would only contend with it for the interpreter.
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return iter(steps.map(make_batch).to_iter_dataset(ahead))
+
+
+def held_out_batches(
+    tokens: Integer[np.ndarray, "N L"],
+    labels: Integer[np.ndarray, " N"],
+    *,
+    batch_size: int,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[Batch]:
+    """One pass in order, every batch of full size.
+
+    Returns:
+      An iterator over what `train_batches` gives and "mask" (batch_size / process_count,)
+      float32: 1 for an example, 0 for the zeros that fill up the last batch.
+
+    Raises:
+      ValueError: sizes that do not fit together.
+    """
+    local = _local_rows(tokens, labels, batch_size, process_index, process_count)
+
+    def make_batch(start: int) -> Batch:
+        rows = start + local
+        batch = _take(tokens, labels, rows[rows < len(tokens)])
+        fill = len(local) - len(batch["labels"])
+        batch["mask"] = np.ones(len(batch["labels"]), np.float32)
+        return {
+            name: np.pad(value, [(0, fill)] + [(0, 0)] * (value.ndim - 1))
+            for name, value in batch.items()
+        }
+
+    return map(make_batch, range(0, len(tokens), batch_size))
+
+
+def _take(tokens: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Batch:
+    return {
+        "tokens": np.asarray(tokens[rows], np.int32),
+        "labels": np.asarray(labels[rows], np.int32),
+    }
+
+
+def _local_rows(
+    tokens: np.ndarray, labels: np.ndarray, batch_size: int, process_index: int, process_count: int
+) -> np.ndarray:
+    """The rows of a global batch that belong to this process, after checking the sizes."""
+    if tokens.ndim != 2 or labels.shape != tokens.shape[:1] or len(tokens) == 0:
+        raise ValueError(
+            "tokens and labels must have shapes (N, L) and (N,) with N > 0, "
+            f"got {tokens.shape} and {labels.shape}"
+        )
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index is {process_index} of process_count {process_count}")
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch_size is {batch_size}, the global size: it must be a positive multiple of "
+            f"the number of processes, {process_count}"
+        )
+    local_size = batch_size // process_count
+    return np.arange(process_index * local_size, (process_index + 1) * local_size)

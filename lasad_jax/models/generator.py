@@ -1,0 +1,152 @@
+"""LASADGen: class label and codes in, logits of the next code out."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Float, Int, PyTree
+
+from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.layers import FeedForward, RMSNorm, normal_init, project
+from lasad_jax.models.mixers import INIT_CACHES, MIXERS
+
+_REMAT_POLICIES = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then x + feed_forward(norm(x)); a scan body over the layers."""
+
+    config: ModelConfig
+    train: bool
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B N D"], cache: PyTree | None):
+        drop = nn.Dropout(self.config.dropout, deterministic=not self.train)
+        mixed, cache = MIXERS[self.config.mixer](self.config, name="mixer")(
+            RMSNorm(self.config, name="mixer_norm")(x), cache
+        )
+        x = _constrain(x + drop(mixed))
+        fed = FeedForward(self.config, name="ffn")(RMSNorm(self.config, name="ffn_norm")(x))
+        return _constrain(x + drop(fed)), cache
+
+
+def _constrain(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    return nn.with_logical_constraint(x, ("batch", "tokens", "activation"))
+
+
+class LASADGen(nn.Module):
+    """The generator, scanned over layers.
+
+    The sequence is one class-embedding prefix token, then the codes in raster order; the
+    output at each place gives the logits of the code that comes next.
+
+    Attributes:
+      config: the architecture.
+      train: dropout and class dropout are on (they draw from the "dropout" key).
+    """
+
+    config: ModelConfig
+    train: bool = False
+
+    def setup(self):
+        config = self.config
+        embed = lambda rows, axes: nn.Embed(
+            rows,
+            config.width,
+            dtype=config.compute_dtype,
+            param_dtype=config.param_dtype,
+            embedding_init=nn.with_logical_partitioning(normal_init, axes),
+        )
+        self.token_embedding = embed(config.vocab_size, ("vocab", "embed"))
+        self.class_embedding = embed(config.num_classes + 1, ("classes", "embed"))
+        self.embedding_dropout = nn.Dropout(config.dropout, deterministic=not self.train)
+        block = Block
+        if config.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
+        self.blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=config.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(config, self.train)
+        self.final_norm = RMSNorm(config)
+        self.head = project(
+            config, config.vocab_size, ("embed", "vocab"), kernel_init=nn.initializers.zeros
+        )
+
+    def __call__(
+        self, tokens: Int[Array, "B N"], labels: Int[Array, " B"]
+    ) -> Float[Array, "B N V"]:
+        """Logits of every code given the label and the codes before it (teacher forcing).
+
+        Args:
+          tokens: an image's codes in raster order, or its first N; the last is only
+            predicted, never read.
+          labels: 0 to num_classes - 1, or num_classes for "no class".
+
+        Returns:
+          float32 logits; row i predicts tokens[:, i].
+        """
+        if self.train and self.config.class_dropout:
+            dropped = jax.random.bernoulli(
+                self.make_rng("dropout"), self.config.class_dropout, labels.shape
+            )
+            labels = jnp.where(dropped, self.config.num_classes, labels)
+        x, _ = self._run(self._embed(labels, tokens[:, :-1]), None)
+        return self._logits(x)
+
+    def prefill(
+        self, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
+    ) -> tuple[Float[Array, "B V"], PyTree]:
+        """Reads the label and the first n codes (n may be 0) in one parallel pass.
+
+        Returns:
+          logits of code number n, and the cache to go on from.
+        """
+        cache = init_cache(self.config, labels.shape[0])
+        x, cache = self._run(self._embed(labels, tokens), cache)
+        return self._logits(x[:, -1:])[:, 0], cache
+
+    def decode_step(
+        self, tokens: Int[Array, " B"], cache: PyTree
+    ) -> tuple[Float[Array, "B V"], PyTree]:
+        """Reads one code; returns the logits of the next and the new cache."""
+        x, cache = self._run(self.token_embedding(tokens)[:, None], cache)
+        return self._logits(x)[:, 0], cache
+
+    def _embed(self, labels, tokens) -> Float[Array, "B N D"]:
+        prefix = self.class_embedding(labels)[:, None]
+        return jnp.concatenate([prefix, self.token_embedding(tokens)], axis=1)
+
+    def _run(self, x, cache):
+        return self.blocks(_constrain(self.embedding_dropout(x)), cache)
+
+    def _logits(self, x: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
+        logits = self.head(self.final_norm(x)).astype(jnp.float32)
+        return nn.with_logical_constraint(logits, ("batch", "tokens", "vocab"))
+
+
+def init_cache(config: ModelConfig, batch: int) -> PyTree:
+    """The cache of all layers before any token, stacked along the first axis."""
+    one = INIT_CACHES[config.mixer](config, batch)
+    return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), one)
+
+
+def init_parameters(config: ModelConfig, key: jax.Array) -> PyTree:
+    """Fresh parameters, each boxed with the logical names of its axes."""
+    # Neither batch nor length shapes a parameter, so the smallest will do.
+    tokens, labels = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32)
+    return LASADGen(config).init(key, tokens, labels)["params"]
+
+
+def abstract_parameters(config: ModelConfig) -> PyTree:
+    """Shapes and dtypes of the parameters, boxed with their axes' names."""
+    return jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters, without allocating them."""
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(config)))

@@ -1,0 +1,52 @@
+"""2D rotary embedding as in LlamaGen: half of each head turns by row, half by column."""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+BASE = 1e4
+
+
+def rotary_table(grid: tuple[int, int], head_dim: int) -> Float[np.ndarray, "cells pairs 2"]:
+    """Cosine and sine for every cell in raster order.
+
+    Args:
+      grid: (R, C).
+      head_dim: a multiple of 4. Frequencies are 1e4^(-2i / (head_dim / 2)) within an axis.
+    """
+    half = head_dim // 2
+    frequencies = BASE ** (-np.arange(0, half, 2) / half)
+    rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    angles = np.concatenate(
+        [rows[:, None] * frequencies, columns[:, None] * frequencies], axis=1
+    )
+    return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
+
+
+def rotate(
+    x: Float[Array, "B N H Dk"],
+    grid: tuple[int, int],
+    index: Int[Array, ""] | int,
+    *,
+    prefix_scale: float,
+    num_prefix: int = 1,
+) -> Float[Array, "B N H Dk"]:
+    """Turns each interleaved pair (2i, 2i + 1) by its token's place.
+
+    Args:
+      x: queries or keys.
+      grid: (R, C).
+      index: number of tokens before the first of x, prefix included.
+      prefix_scale: what prefix tokens, which have no place, are multiplied by: 1 leaves
+        them as they are; LlamaGen's table is all zeros there, so their keys vanish.
+      num_prefix: prefix tokens before the grid.
+    """
+    cells = rotary_table(grid, x.shape[-1])
+    prefix = np.zeros((num_prefix, *cells.shape[1:]))
+    prefix[..., 0] = prefix_scale
+    table = jnp.asarray(np.concatenate([prefix, cells]), jnp.float32)
+    turn = jnp.take(table, index + jnp.arange(x.shape[1]), axis=0)[:, None]
+    cos, sin = turn[..., 0], turn[..., 1]
+    even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)
