@@ -8,6 +8,7 @@ seen: the share to hope for. It takes a second on digits, minutes on 60,000 larg
 """
 
 import zipfile
+from pathlib import Path
 
 import numpy as np
 from absl import app, flags
@@ -53,20 +54,17 @@ def report(samples: str, source: str, *, directory: str = "", split: str = "trai
 
 
 def _read_samples(path: str) -> tuple[np.ndarray, np.ndarray]:
-    try:
-        with np.load(path) as arrays:
-            if missing := [name for name in ("arr_0", "arr_1") if name not in arrays]:
-                raise ValueError(
-                    f"--samples={path} lacks {' and '.join(missing)}: it needs images arr_0 and "
-                    "classes arr_1, as lasad_jax.sample writes them"
-                )
-            return arrays["arr_0"], arrays["arr_1"]
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"--samples={path}: no such file; lasad_jax.sample writes one"
-        ) from None
-    except (AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"--samples={path} is no whole .npz file ({error})") from error
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--samples={path}: no such file; lasad_jax.sample writes one")
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"--samples={path} is no whole .npz file; lasad_jax.sample writes one")
+    with np.load(path) as arrays:
+        if missing := [name for name in ("arr_0", "arr_1") if name not in arrays]:
+            raise ValueError(
+                f"--samples={path} lacks {' and '.join(missing)}: it needs images arr_0 and "
+                "classes arr_1, as lasad_jax.sample writes them"
+            )
+        return arrays["arr_0"], arrays["arr_1"]
 
 
 def _join(a: ImageSet, b: ImageSet) -> ImageSet:

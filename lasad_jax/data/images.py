@@ -13,7 +13,10 @@ from jaxtyping import Int32, UInt8
 SOURCES = ("digits", "idx")
 SPLITS = ("train", "test")
 
-_IDX_HINT = "Debian's package dataset-fashion-mnist installs such files in /usr/share/datasets/fashion-mnist"
+_IDX_HINT = (
+    "Debian's package dataset-fashion-mnist installs such files "
+    "in /usr/share/datasets/fashion-mnist"
+)
 
 
 class ImageSet(NamedTuple):
@@ -103,7 +106,9 @@ def _find_idx(folder: Path, prefix: str, kind: str, ndim: int) -> Path:
 def _read_idx(path: Path, ndim: int) -> UInt8[np.ndarray, "..."]:
     """An IDX file of bytes: a magic number, `ndim` sizes (big-endian 32 bit), the bytes."""
     try:
-        content = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(
             f"data.directory holds {str(path)!r}, which does not unpack ({error}); fetch it again"

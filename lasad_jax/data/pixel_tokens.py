@@ -50,7 +50,7 @@ def images_to_tokens(
 
 
 def tokens_to_images(
-    tokens: Integer[np.ndarray, "N R*C"], grid: tuple[int, int], levels: int
+    tokens: Integer[np.ndarray, "N L"], grid: tuple[int, int], levels: int
 ) -> UInt8[np.ndarray, "N R C 1"]:
     """Images from raster-order tokens on a grid (R, C); undoes `images_to_tokens`.
 

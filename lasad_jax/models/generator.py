@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.layers import FeedForward, RMSNorm, normal_init, project
+from lasad_jax.models.layers import FeedForward, Linear, RMSNorm, normal_init
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS
 
 _REMAT_POLICIES = {
@@ -73,8 +73,8 @@ class LASADGen(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, self.train)
         self.final_norm = RMSNorm(config)
-        self.head = project(
-            config, config.vocab_size, ("embed", "vocab"), kernel_init=nn.initializers.zeros
+        self.head = Linear(
+            config, (config.vocab_size,), ("embed", "vocab"), kernel_init=nn.initializers.zeros
         )
 
     def __call__(

@@ -12,28 +12,37 @@ NORM_EPSILON = 1e-5
 normal_init = nn.initializers.normal(0.02)
 
 
-def project(
-    config: ModelConfig,
-    features: int | tuple[int, ...],
-    axes: tuple[str, ...],
-    *,
-    num_contracted: int = 1,
-    use_bias: bool = False,
-    kernel_init=normal_init,
-    bias_init=nn.initializers.zeros,
-    name: str | None = None,
-) -> nn.DenseGeneral:
-    """A linear map of the last `num_contracted` axes, its kernel's axes named for sharding."""
-    return nn.DenseGeneral(
-        features,
-        axis=tuple(range(-num_contracted, 0)),
-        use_bias=use_bias,
-        dtype=config.compute_dtype,
-        param_dtype=config.param_dtype,
-        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-        bias_init=nn.with_logical_partitioning(bias_init, axes[num_contracted:]),
-        name=name,
-    )
+class Linear(nn.Module):
+    """A linear map of the last axes. (`nn.DenseGeneral` cannot initialise under a mesh
+    where its kernel has more than two named axes.)
+
+    Attributes:
+      config: the model.
+      features: sizes of the new axes.
+      axes: names of the kernel's axes for sharding, contracted ones first.
+      use_bias: add a bias over the new axes.
+      kernel_init, bias_init: initialisers.
+    """
+
+    config: ModelConfig
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    use_bias: bool = False
+    kernel_init: nn.initializers.Initializer = normal_init
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+        num_contracted = len(self.axes) - len(self.features)
+        init = nn.with_logical_partitioning(self.kernel_init, self.axes)
+        shape = (*x.shape[-num_contracted:], *self.features)
+        param_dtype, dtype = jnp.dtype(self.config.param_dtype), self.config.compute_dtype
+        kernel = self.param("kernel", init, shape, param_dtype)
+        y = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), num_contracted)
+        if self.use_bias:
+            init = nn.with_logical_partitioning(self.bias_init, self.axes[num_contracted:])
+            y += self.param("bias", init, self.features, param_dtype).astype(dtype)
+        return y
 
 
 class RMSNorm(nn.Module):
@@ -66,8 +75,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         hidden = ffn_width(self.config)
-        gate = project(self.config, hidden, ("embed", "mlp"), name="gate")(x)
-        up = project(self.config, hidden, ("embed", "mlp"), name="up")(x)
-        return project(self.config, self.config.width, ("mlp", "embed"), name="down")(
-            nn.silu(gate) * up
-        )
+        gate = Linear(self.config, (hidden,), ("embed", "mlp"), name="gate")(x)
+        up = Linear(self.config, (hidden,), ("embed", "mlp"), name="up")(x)
+        down = Linear(self.config, (self.config.width,), ("mlp", "embed"), name="down")
+        return down(nn.silu(gate) * up)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.layers import RMSNorm, normal_init, project
+from lasad_jax.models.layers import Linear, RMSNorm
 from lasad_jax.models.local_conv import NUM_PREFIX, LocalConv
 from lasad_jax.models.rope import rotate
 
@@ -70,10 +70,11 @@ class LASADMixer(nn.Module):
         if config.local_conv:
             x, recent = LocalConv(config, name="conv")(x, recent, index)
 
-        q = nn.silu(project(config, (num_heads, config.query_dim), _HEADS, name="q")(x))
-        k = nn.silu(project(config, (num_heads, config.query_dim), _HEADS, name="k")(x))
-        v = project(config, (num_heads, config.value_dim), _HEADS, name="v")(x)
-        out_gate = project(config, (num_heads, config.value_dim), _HEADS, name="out_gate")(x)
+        keys, values = (num_heads, config.query_dim), (num_heads, config.value_dim)
+        q = nn.silu(Linear(config, keys, _HEADS, name="q")(x))
+        k = nn.silu(Linear(config, keys, _HEADS, name="k")(x))
+        v = Linear(config, values, _HEADS, name="v")(x)
+        out_gate = nn.silu(Linear(config, values, _HEADS, name="out_gate")(x))
         if config.rope:
             q = rotate(q, config.grid, index, prefix_scale=1.0)
             k = rotate(k, config.grid, index, prefix_scale=1.0)
@@ -101,16 +102,14 @@ class LASADMixer(nn.Module):
             )
             if cache is not None:
                 out, state = out
-        out = RMSNorm(config, ("heads", "head_dim"), name="norm")(out) * nn.silu(out_gate)
-        out = project(
-            config, config.width, ("heads", "head_dim", "embed"), num_contracted=2, name="out"
-        )(out)
+        out = RMSNorm(config, ("heads", "head_dim"), name="norm")(out) * out_gate
+        out = Linear(config, (config.width,), ("heads", "head_dim", "embed"), name="out")(out)
         return out, None if cache is None else LASADCache(state, recent)
 
     def _log_gate(self, x: Float[Array, "B N D"]) -> Float[Array, "B N H"]:
-        gate = project(
+        gate = Linear(
             self.config,
-            self.config.num_heads,
+            (self.config.num_heads,),
             ("embed", "heads"),
             use_bias=True,
             bias_init=nn.initializers.constant(_GATE_BIAS),
@@ -163,7 +162,7 @@ class SoftmaxMixer(nn.Module):
     ) -> tuple[Float[Array, "B N D"], SoftmaxCache | None]:
         config = self.config
         heads = (config.num_heads, config.value_dim)
-        q, k, v = (project(config, heads, _HEADS, name=name)(x) for name in ("q", "k", "v"))
+        q, k, v = (Linear(config, heads, _HEADS, name=name)(x) for name in ("q", "k", "v"))
         index = 0 if cache is None else cache.index
         if config.rope:
             q = rotate(q, config.grid, index, prefix_scale=0.0)
@@ -179,14 +178,7 @@ class SoftmaxMixer(nn.Module):
             cache = SoftmaxCache(k, v, index + x.shape[1])
             seen = index + jnp.arange(x.shape[1])[:, None] >= jnp.arange(k.shape[1])
             out = jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
-        out = project(
-            config,
-            config.width,
-            ("heads", "head_dim", "embed"),
-            num_contracted=2,
-            kernel_init=normal_init,
-            name="out",
-        )(out)
+        out = Linear(config, (config.width,), ("heads", "head_dim", "embed"), name="out")(out)
         return out, cache
 
 

@@ -17,9 +17,7 @@ def rotary_table(grid: tuple[int, int], head_dim: int) -> Float[np.ndarray, "cel
     half = head_dim // 2
     frequencies = BASE ** (-np.arange(0, half, 2) / half)
     rows, columns = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
-    angles = np.concatenate(
-        [rows[:, None] * frequencies, columns[:, None] * frequencies], axis=1
-    )
+    angles = np.concatenate([rows[:, None] * frequencies, columns[:, None] * frequencies], axis=1)
     return np.stack([np.cos(angles), np.sin(angles)], axis=-1)
 
 

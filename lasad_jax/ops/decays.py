@@ -129,6 +129,4 @@ def decay_matrix(decay: Decay, *, grid: Grid, num_prefix: int = 1) -> Float[Arra
       D with D[h, t, s] in [0, 1], and 0 where s > t.
     """
     num_tokens = num_prefix + grid[0] * grid[1]
-    return jnp.exp(
-        log_decay_matrix(decay, num_tokens=num_tokens, grid=grid, num_prefix=num_prefix)
-    )
+    return jnp.exp(log_decay_matrix(decay, num_tokens=num_tokens, grid=grid, num_prefix=num_prefix))

@@ -74,9 +74,7 @@ def final_memory(
     return _row_decay(decay, passed).T[:, :, None, None] * memory + added
 
 
-def chunked(
-    q: Rows, k: Rows, v: Rows, decay: ManhattanDecay, memory: ColumnMemory
-) -> Rows:
+def chunked(q: Rows, k: Rows, v: Rows, decay: ManhattanDecay, memory: ColumnMemory) -> Rows:
     """Matrix products within blocks of whole rows, column states carried between them.
 
     Args:

@@ -15,7 +15,6 @@ _WHITE = (255, 255, 255)
 _INK = (70, 70, 70)
 _SMALLEST = 48  # pixels; smaller images are enlarged to about this
 _MARGIN = 12
-_FONT_SIZE = 13
 _LONGEST_NAME = 160  # pixels
 
 
@@ -55,14 +54,14 @@ def image_grid(
     height, width = height * scale, width * scale
     gap = max(4, min(height, width) // 16)
     rows = math.ceil(count / columns)
-    font = ImageFont.load_default(_FONT_SIZE)
     names = [] if labels is None else _names(labels, class_names)
     at_left = all(len(set(names[i : i + columns])) == 1 for i in range(0, len(names), columns))
+    font = ImageFont.load_default(13 if at_left else 11)
     # Whatever a row names, the space is that of the longest name, so that rows stay aligned.
     room = _LONGEST_NAME if at_left else max(width, 24)
     names = [_shorten(name, font, room) for name in names]
     left = math.ceil(max(map(font.getlength, names))) + 10 if names and at_left else 0
-    below = _FONT_SIZE + 6 if names and not at_left else 0
+    below = 20 if names and not at_left else 0
     step_x, step_y = max(width, 0 if at_left else 24) + gap, height + below + gap
 
     size = (2 * _MARGIN + left + columns * step_x - gap, 2 * _MARGIN + rows * step_y - gap)
@@ -151,7 +150,7 @@ def _names(labels: np.ndarray, class_names: Sequence[str] | None) -> list[str]:
     return [class_names[label] for label in labels]
 
 
-def _shorten(name: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+def _shorten(name: str, font: ImageFont.FreeTypeFont, room: int) -> str:
     if font.getlength(name) <= room:
         return name
     while name and font.getlength(name + "...") > room:

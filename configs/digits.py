@@ -1,0 +1,33 @@
+"""Handwritten digits (scikit-learn's 1,797 of 8x8 pixels) on a CPU, in a few minutes.
+
+python -m lasad_jax.train --config=configs/digits.py --workdir=runs/digits
+"""
+
+import ml_collections
+
+from lasad_jax.config import default_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The recipe."""
+    config = default_config()
+    config.steps = 1500
+    config.batch_size = 64
+    config.log_every = 20
+    config.eval_every = 300
+    config.sample_every = 500
+    config.save_every = 300
+    config.data.source = "digits"
+    config.data.levels = 16
+    config.model.update(
+        vocab_size=16,
+        num_classes=10,
+        grid=(8, 8),
+        num_layers=4,
+        width=96,
+        num_heads=4,
+        dtype="float32",
+    )
+    config.optimizer.update(learning_rate=2e-3, schedule="cosine", warmup_steps=100, ema_decay=0.99)
+    config.sampling.guidance = 2.0
+    return config

@@ -1,0 +1,135 @@
+"""Draws images from a run: python -m lasad_jax.sample --workdir=DIR
+
+Writes a labelled PNG grid and an .npz (arr_0: uint8 NHWC images, arr_1: labels; the ADM
+convention). --classes=3,1,4 chooses classes; --complete=FILE.npz --rows=14 keeps the first
+rows of the images in arr_0 and draws the rest.
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from flax import linen as nn
+
+from lasad_jax.config import Config, load_config
+from lasad_jax.data.pixel_tokens import images_to_tokens, tokens_to_images
+from lasad_jax.sampling.decode import balanced_labels, sample_tokens
+from lasad_jax.sampling.pictures import image_grid, write_npz, write_png
+from lasad_jax.training import sharding
+from lasad_jax.training.checkpoints import Checkpoints
+from lasad_jax.training.state import abstract_state
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
+_OUT = flags.DEFINE_string("out", None, "Path of the results without ending; in the run if unset.")
+_NUM = flags.DEFINE_integer("num", 100, "Number of images, balanced over the classes.", 1)
+_CLASSES = flags.DEFINE_list("classes", None, "Classes to draw; all if unset.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the images.")
+_STEP = flags.DEFINE_integer("step", None, "Checkpoint; the best by held-out loss if unset.")
+_RAW = flags.DEFINE_bool("raw", False, "Use the parameters themselves, not their average.")
+_BATCH = flags.DEFINE_integer("batch_size", 128, "Images drawn at a time.", 1)
+_COMPLETE = flags.DEFINE_string("complete", None, "An .npz of images (arr_0) to complete.")
+_ROWS = flags.DEFINE_integer("rows", None, "Rows of --complete to keep.")
+_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; as configured if unset.")
+_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "constant, linear or power-cosine.")
+_POWER = flags.DEFINE_float("guidance_power", None, "Exponent of power-cosine.")
+_TEMPERATURE = flags.DEFINE_float("temperature", None, "Temperature; 0 for the likeliest.")
+_TOP_K = flags.DEFINE_integer("top_k", None, "Draw among the k likeliest codes; 0 for all.")
+_TOP_P = flags.DEFINE_float("top_p", None, "Draw among codes of total probability p.")
+
+
+def main(argv: list[str]) -> None:
+    """Reads the flags, draws and writes."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}; flags begin with --")
+    try:
+        _sample(Path(_WORKDIR.value))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def _sample(workdir: Path) -> None:
+    config = load_config(workdir)
+    overrides = {
+        "guidance": _GUIDANCE.value,
+        "guidance_schedule": _SCHEDULE.value,
+        "guidance_power": _POWER.value,
+        "temperature": _TEMPERATURE.value,
+        "top_k": _TOP_K.value,
+        "top_p": _TOP_P.value,
+    }
+    overrides = {name: value for name, value in overrides.items() if value is not None}
+    sampling = dataclasses.replace(config.sampling, **overrides)
+    labels, given = _labels(config), None
+    if _COMPLETE.value:
+        labels, given = _given(config, Path(_COMPLETE.value))
+
+    mesh = sharding.make_mesh(config.mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        params, step = _parameters(config, workdir, mesh)
+        tokens = sample_tokens(
+            config.model,
+            params,
+            labels,
+            sampling=sampling,
+            seed=_SEED.value,
+            mesh=mesh,
+            batch_size=_BATCH.value,
+            given=given,
+            progress=True,
+        )
+    images = tokens_to_images(tokens, config.model.grid, config.data.levels)
+    out = Path(_OUT.value or workdir / "samples" / f"sample_{step:07d}_seed{_SEED.value}")
+    write_npz(out.with_suffix(".npz"), images, labels)
+    write_png(out.with_suffix(".png"), image_grid(images[:400], labels[:400]))
+    print(
+        f"{len(images)} images of step {step}: {out.with_suffix('.png')}, {out.with_suffix('.npz')}"
+    )
+
+
+def _labels(config: Config) -> np.ndarray:
+    num_classes = config.model.num_classes
+    if _CLASSES.value is None:
+        return balanced_labels(_NUM.value, num_classes)
+    try:
+        chosen = np.array([int(name) for name in _CLASSES.value], np.int32)
+    except ValueError as error:
+        raise ValueError(f"classes: {_CLASSES.value} must be numbers such as 3,1,4") from error
+    return chosen[balanced_labels(_NUM.value, len(chosen))]
+
+
+def _given(config: Config, path: Path) -> tuple[np.ndarray, np.ndarray]:
+    if not path.exists():
+        raise FileNotFoundError(f"complete: {path} does not exist")
+    with np.load(path) as file:
+        images = file["arr_0"]
+        labels = file["arr_1"] if "arr_1" in file else None
+    if _CLASSES.value is not None or labels is None:
+        labels = _labels(config)
+    rows, (num_rows, num_columns) = _ROWS.value, config.model.grid
+    if rows is None or not 0 <= rows <= num_rows:
+        raise ValueError(f"rows: {rows} must be 0 to {num_rows}, the rows of --complete to keep")
+    if images.shape[1:3] != (num_rows, num_columns):
+        raise ValueError(f"complete: images of {images.shape[1:3]} do not fit {config.model.grid}")
+    num = min(len(images), len(labels), _NUM.value)
+    tokens = images_to_tokens(images[:num], config.data.levels)
+    return labels[:num], tokens[:, : rows * num_columns]
+
+
+def _parameters(config: Config, workdir: Path, mesh: jax.sharding.Mesh):
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.best_step() if _STEP.value is None else _STEP.value
+    if step is None or step not in checkpoints.steps():
+        raise ValueError(
+            f"step: {step} has no checkpoint in {workdir}; there are {checkpoints.steps()}"
+        )
+    state = checkpoints.restore(step, abstract_state(config, mesh))
+    return (state.params if _RAW.value else state.best_params), step
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lasad_jax"))
+    logging.set_verbosity(logging.WARNING)
+    app.run(main)

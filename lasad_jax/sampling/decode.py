@@ -1,0 +1,145 @@
+"""The decoding loop: one compiled scan over tokens, its memory independent of their number."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key, PyTree
+from tqdm import tqdm
+
+from lasad_jax.config import SamplingConfig
+from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.generator import LASADGen
+from lasad_jax.sampling.filters import draw
+from lasad_jax.sampling.guidance import guidance_scale, guide
+from lasad_jax.training.sharding import batch_sharding, replicated
+
+
+def generate(
+    model_config: ModelConfig,
+    params: PyTree,
+    labels: Int[Array, " B"],
+    keys: Key[Array, " B"],
+    given: Int[Array, "B n"],
+    sampling: SamplingConfig,
+) -> Int[Array, "B N"]:
+    """Draws images code by code.
+
+    Args:
+      model_config, params: the generator.
+      labels: class of each image; num_classes for none.
+      keys: one per image, so that an image does not depend on its neighbours in the batch.
+      given: the first n codes of each image, kept as they are; n may be 0.
+      sampling: guidance and filters.
+
+    Returns:
+      all N = R * C codes of each image.
+    """
+    model, num_tokens = LASADGen(model_config), model_config.num_tokens
+    num_given, guided = given.shape[1], sampling.guidance != 1
+    # Guidance runs both halves as one batch: first with the class, then without.
+    double = lambda x: jnp.concatenate([x, x]) if guided else x
+    null = jnp.full_like(labels, model_config.num_classes)
+    all_labels = jnp.concatenate([labels, null]) if guided else labels
+
+    def choose(logits, token):
+        if guided:
+            conditional, unconditional = jnp.split(logits, 2)
+            scale = guidance_scale(sampling, token, num_tokens)
+            logits = guide(conditional, unconditional, scale)
+        token_keys = jax.vmap(lambda key: jax.random.fold_in(key, token))(keys)
+        return draw(logits, token_keys, sampling).astype(jnp.int32)
+
+    def next_token(carry, token):
+        logits, cache = carry
+        chosen = choose(logits, token)
+        logits, cache = model.apply({"params": params}, double(chosen), cache, method="decode_step")
+        return (logits, cache), chosen
+
+    if num_given == num_tokens:
+        return given
+    carry = model.apply({"params": params}, all_labels, double(given), method="prefill")
+    (logits, _), drawn = jax.lax.scan(next_token, carry, jnp.arange(num_given, num_tokens - 1))
+    final = choose(logits, jnp.asarray(num_tokens - 1))
+    return jnp.concatenate([given, drawn.T, final[:, None]], axis=1)
+
+
+_jitted_generate = functools.partial(jax.jit, static_argnums=(0, 5))(generate)
+
+
+def balanced_labels(num: int, num_classes: int) -> Int[np.ndarray, " num"]:
+    """`num` labels, each class as often as any other (the first ones once more if need be)."""
+    return np.sort(np.arange(num, dtype=np.int32) % num_classes)
+
+
+def sample_tokens(
+    model_config: ModelConfig,
+    params: PyTree,
+    labels: Int[np.ndarray, " num"],
+    *,
+    sampling: SamplingConfig,
+    seed: int,
+    mesh: Mesh,
+    batch_size: int = 128,
+    given: Int[np.ndarray, "num n"] | None = None,
+    progress: bool = False,
+) -> Int[np.ndarray, "num N"]:
+    """Draws any number of images in batches over all devices.
+
+    Image number i depends on (seed, i) and its label alone: in float32 the same for any
+    batch size and any number of devices.
+
+    Args:
+      model_config, params: the generator.
+      labels: class of each image; num_classes for none.
+      sampling: guidance and filters.
+      seed: of all images.
+      mesh: the devices; batches are split over its data and fsdp axes.
+      batch_size: images at a time, rounded up to a multiple of the devices.
+      given: the first n codes of each image.
+      progress: show a bar.
+
+    Raises:
+      ValueError: for a label or given code out of range.
+    """
+    labels = np.asarray(labels, np.int32)
+    given = np.zeros((len(labels), 0), np.int32) if given is None else np.asarray(given, np.int32)
+    _check(model_config, labels, given)
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    size = -(-min(batch_size, len(labels)) // parts) * parts
+    root, rows = jax.random.key(seed), batch_sharding(mesh)
+    out = []
+    for start in tqdm(range(0, len(labels), size), unit="batch", disable=not progress):
+        # The last batch is filled up with repeats: one shape, one compilation.
+        numbers = np.arange(start, start + size)
+        source = np.minimum(numbers, len(labels) - 1)
+        keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
+        tokens = _jitted_generate(
+            model_config,
+            params,
+            jax.device_put(labels[source], rows),
+            jax.device_put(keys, rows),
+            jax.device_put(given[source], rows),
+            sampling,
+        )
+        tokens = jax.device_put(tokens, replicated(mesh))
+        out.append(np.asarray(tokens)[: len(labels) - start])
+    return np.concatenate(out)
+
+
+def _check(config: ModelConfig, labels: np.ndarray, given: np.ndarray) -> None:
+    if labels.size == 0:
+        raise ValueError("labels: none given; name at least one class")
+    if labels.min() < 0 or labels.max() > config.num_classes:
+        raise ValueError(
+            f"labels: {labels[(labels < 0) | (labels > config.num_classes)][0]} is no class; "
+            f"classes are 0 to {config.num_classes - 1} ({config.num_classes} for none)"
+        )
+    if given.shape[0] != len(labels) or given.shape[1] > config.num_tokens:
+        raise ValueError(
+            f"given: expected ({len(labels)}, up to {config.num_tokens}) codes, got {given.shape}"
+        )
+    if given.size and (given.min() < 0 or given.max() >= config.vocab_size):
+        raise ValueError(f"given: codes must be 0 to {config.vocab_size - 1}")

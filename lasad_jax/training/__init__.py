@@ -1,0 +1,1 @@
+"""Training: one jitted step over a named mesh, checkpoints, and the loop around them."""

@@ -1,0 +1,86 @@
+"""What a run tells the people who watch it: numbers, pictures, a progress bar."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+
+class Metrics:
+    """metrics.jsonl and TensorBoard events of a run directory.
+
+    A line of metrics.jsonl is one JSON object with "step" and any scalars. Lines after
+    `start_step`, left by a run that was killed past its last checkpoint, are dropped.
+    """
+
+    def __init__(self, workdir: Path, start_step: int):
+        self.path = Path(workdir) / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if row["step"] <= start_step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        temporary.replace(self.path)
+        self._file = self.path.open("a")
+        self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Records numbers at `step`."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, image: Image.Image) -> None:
+        """Shows a picture in TensorBoard."""
+        self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Writes out everything."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl; a last line cut short by a kill is passed over."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def progress_bar(start: int, steps: int, *, visible: bool = True) -> tqdm:
+    """Steps done, rate and time left; in a log file a line every half minute."""
+    return tqdm(
+        total=steps,
+        initial=start,
+        unit="step",
+        dynamic_ncols=True,
+        disable=not visible,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+    )
+
+
+def plot_losses(metrics_path: Path, picture_path: Path) -> None:
+    """Draws training and held-out loss against steps."""
+    rows = read_metrics(metrics_path)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, label in (("loss", "training"), ("held_out_nats_per_token", "held out")):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=label, marker="" if name == "loss" else "o")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(picture_path, dpi=120)

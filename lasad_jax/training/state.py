@@ -1,0 +1,104 @@
+"""What a run carries from step to step, and how it begins."""
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, PyTree
+
+from lasad_jax.config import Config, OptimizerConfig
+from lasad_jax.models.generator import abstract_parameters, init_parameters
+from lasad_jax.training.sharding import tree_shardings
+
+
+@struct.dataclass
+class TrainState:
+    """Attributes:
+    step: optimizer steps taken.
+    params: parameters.
+    opt_state: optax's state.
+    ema: running average of the parameters; None without one.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+    ema: PyTree | None
+
+    @property
+    def best_params(self) -> PyTree:
+        """The parameters to evaluate and to sample with: the average where there is one."""
+        return self.params if self.ema is None else self.ema
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate of each step."""
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            0.0, config.learning_rate, config.warmup_steps, steps
+        )
+    return optax.linear_schedule(
+        config.learning_rate if config.warmup_steps == 0 else 0.0,
+        config.learning_rate,
+        config.warmup_steps,
+    )
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Clipping and AdamW; weight decay for matrices only."""
+
+    def is_matrix(box):
+        # Scanning over layers adds an axis to every parameter, which makes no matrix of it.
+        return len([name for name in box.names if name != "layers"]) >= 2
+
+    decayed = jax.tree.map(
+        is_matrix,
+        abstract_parameters(config.model),
+        is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    )
+    optimizer = config.optimizer
+    return optax.chain(
+        optax.clip_by_global_norm(optimizer.clip_norm),
+        optax.adamw(
+            learning_rate(optimizer, config.steps),
+            b1=optimizer.b1,
+            b2=optimizer.b2,
+            weight_decay=optimizer.weight_decay,
+            mask=decayed,
+        ),
+    )
+
+
+def unbox(tree: PyTree) -> PyTree:
+    """The arrays without their axis names. (`nn.unbox` would put constraints on them.)"""
+    is_box = lambda x: isinstance(x, nn.Partitioned)
+    return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
+
+
+def _new_state(config: Config, key: jax.Array) -> TrainState:
+    params = init_parameters(config.model, key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=make_optimizer(config).init(params),
+        ema=params if config.optimizer.ema_decay else None,
+    )
+
+
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, nothing allocated."""
+    boxed = jax.eval_shape(lambda: _new_state(config, jax.random.key(config.seed)))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        unbox(boxed),
+        tree_shardings(boxed, mesh),
+    )
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """The state before the first step, created where it will live."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    create = jax.jit(lambda key: unbox(_new_state(config, key)), out_shardings=shardings)
+    return create(jax.random.key(config.seed))

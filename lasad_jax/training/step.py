@@ -1,0 +1,90 @@
+"""One optimizer step and one held-out evaluation, as pure functions."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from lasad_jax.config import Config
+from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.generator import LASADGen
+from lasad_jax.training.state import TrainState, learning_rate, make_optimizer
+
+Batch = dict[str, Array]
+
+
+def token_losses(logits: Float[Array, "B N V"], tokens: Int[Array, "B N"]) -> Float[Array, "B N"]:
+    """Cross-entropy of every token, in nats."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
+
+
+def make_train_step(
+    config: Config,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """A function (state, batch) -> (state, metrics); jit it with the state donated.
+
+    The batch holds "tokens" (B, R * C) and "labels" (B,). Metrics are the mean loss in
+    nats per token, the gradient's global norm before clipping, and the learning rate.
+    """
+    model = LASADGen(config.model, train=True)
+    optimizer = make_optimizer(config)
+    schedule = learning_rate(config.optimizer, config.steps)
+    accumulate, ema_decay = config.optimizer.accumulate, config.optimizer.ema_decay
+
+    def loss(params, batch, key):
+        logits = model.apply(
+            {"params": params}, batch["tokens"], batch["labels"], rngs={"dropout": key}
+        )
+        return token_losses(logits, batch["tokens"]).mean()
+
+    def loss_and_gradient(params, batch, key):
+        if accumulate == 1:
+            return jax.value_and_grad(loss)(params, batch, key)
+        # Every micro-batch takes some rows of each device, so that no row moves.
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+
+        def add(total, part_and_key):
+            part = jax.value_and_grad(loss)(params, *part_and_key)
+            return jax.tree.map(jnp.add, total, part), None
+
+        zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        total, _ = jax.lax.scan(add, zero, (parts, jax.random.split(key, accumulate)))
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        value, gradient = loss_and_gradient(state.params, batch, key)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            # A short memory at first: the average must forget the random initial values.
+            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
+            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+        metrics = {
+            "loss": value,
+            "grad_norm": optax.global_norm(gradient),
+            "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
+
+    return train_step
+
+
+def make_eval_step(model_config: ModelConfig) -> Callable[[PyTree, Batch], tuple[Array, Array]]:
+    """A function (params, batch) -> (summed loss of the images, number of images).
+
+    An image's loss is its mean in nats per token; rows with "mask" 0 do not count.
+    """
+    model = LASADGen(model_config)
+
+    def eval_step(params: PyTree, batch: Batch) -> tuple[Array, Array]:
+        logits = model.apply({"params": params}, batch["tokens"], batch["labels"])
+        losses = token_losses(logits, batch["tokens"]).mean(axis=-1)
+        return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
+
+    return eval_step
