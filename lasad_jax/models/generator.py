@@ -6,7 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.layers import FeedForward, Linear, RMSNorm, normal_init
+from lasad_jax.models.layers import Embedding, FeedForward, Linear, RMSNorm
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS
 
 _REMAT_POLICIES = {
@@ -52,15 +52,8 @@ class LASADGen(nn.Module):
 
     def setup(self):
         config = self.config
-        embed = lambda rows, axes: nn.Embed(
-            rows,
-            config.width,
-            dtype=config.compute_dtype,
-            param_dtype=config.param_dtype,
-            embedding_init=nn.with_logical_partitioning(normal_init, axes),
-        )
-        self.token_embedding = embed(config.vocab_size, ("vocab", "embed"))
-        self.class_embedding = embed(config.num_classes + 1, ("classes", "embed"))
+        self.token_embedding = Embedding(config, config.vocab_size, ("vocab", "embed"))
+        self.class_embedding = Embedding(config, config.num_classes + 1, ("classes", "embed"))
         self.embedding_dropout = nn.Dropout(config.dropout, deterministic=not self.train)
         block = Block
         if config.remat != "none":

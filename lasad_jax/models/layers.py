@@ -3,12 +3,13 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.sizes import ffn_width
 
 NORM_EPSILON = 1e-5
+_ONE_HOT_UP_TO = 1024
 normal_init = nn.initializers.normal(0.02)
 
 
@@ -43,6 +44,35 @@ class Linear(nn.Module):
             init = nn.with_logical_partitioning(self.bias_init, self.axes[num_contracted:])
             y += self.param("bias", init, self.features, param_dtype).astype(dtype)
         return y
+
+
+class Embedding(nn.Module):
+    """A learned vector for every integer.
+
+    Small vocabularies are looked up by a matrix product with one-hot vectors: the
+    gradient of a gather would add thousands of rows to the same few addresses, one by
+    one. Large ones are gathered in the parameters' own precision, so that their
+    gradient adds up in it too.
+
+    Attributes:
+      config: the model.
+      rows: size of the vocabulary.
+      axes: names of the table's axes for sharding.
+    """
+
+    config: ModelConfig
+    rows: int
+    axes: tuple[str, str]
+
+    @nn.compact
+    def __call__(self, ids: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        init = nn.with_logical_partitioning(normal_init, self.axes)
+        shape = (self.rows, self.config.width)
+        table = self.param("embedding", init, shape, jnp.dtype(self.config.param_dtype))
+        dtype = self.config.compute_dtype
+        if self.rows <= _ONE_HOT_UP_TO:
+            return jax.nn.one_hot(ids, self.rows, dtype=dtype) @ table.astype(dtype)
+        return jnp.take(table, ids, axis=0).astype(dtype)
 
 
 class RMSNorm(nn.Module):

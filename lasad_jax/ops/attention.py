@@ -56,6 +56,7 @@ def linear_attention(
       ValueError: naming the argument that does not fit and what would.
     """
     _check(q, k, v, decay, grid, num_prefix, log_gate, implementation, initial_state)
+    decay = jax.tree.map(lambda rate: rate.astype(accumulator(q.dtype)), decay)
     stateful = return_state or initial_state is not None
     if implementation == "quadratic" and stateful:
         raise ValueError("implementation='quadratic' carries no state; use 'chunked' or 'scan'")
@@ -109,7 +110,7 @@ def _one_memory(q, k, v, decay, memory, index, grid, num_prefix, log_gate, imple
     """The decays that are a single recurrence."""
     acc = accumulator(q.dtype)
     place = index + jnp.arange(q.shape[1]) - num_prefix
-    g = decay.step_log_factor(place, grid).astype(acc)[None]
+    g = decay.step_log_factor(place, grid)[None]
     g = g if log_gate is None else g + log_gate.astype(acc)
     # A step leads from one grid token to the next: none to the first, none among the prefix.
     g = jnp.where((place > 0)[None, :, None], g, 0.0)
@@ -122,7 +123,6 @@ def _one_memory(q, k, v, decay, memory, index, grid, num_prefix, log_gate, imple
 def _column_memory(q, k, v, decay, memory, index, grid, num_prefix, log_gate, implementation):
     """The exact 2D decay, a matrix for each column."""
     num_tokens, columns = q.shape[1], grid[1]
-    decay = jax.tree.map(lambda rate: rate.astype(memory.dtype), decay)
     if isinstance(index, int):
         # Nothing seen yet: leave the prefix out, so that the image starts a row of its own.
         column, skipped = 0, min(num_prefix, num_tokens)

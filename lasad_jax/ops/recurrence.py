@@ -86,8 +86,10 @@ def scan(
         q, k, v, g = part
         outer = k[..., :, None] * v[..., None, :]
         factor = jnp.exp(g)[..., None, None]
-        decayed, states = jax.lax.associative_scan(combine, (factor, outer), axis=1)
-        states = decayed * memory[:, None] + states
+        _, states = jax.lax.associative_scan(combine, (factor, outer), axis=1)
+        # The product of all factors would add up their rounding, from chunk to chunk too.
+        since_start = jnp.exp(sum(cumulative_log_decay(g, axis=1)))[..., None, None]
+        states = since_start * memory[:, None] + states
         return states[:, -1], einsum("bthd,bthde->bthe", q, states)
 
     memory, out = jax.lax.scan(one_chunk, memory, [jnp.moveaxis(x, 1, 0) for x in parts])

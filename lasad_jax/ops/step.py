@@ -1,5 +1,6 @@
 """One token at a time from a carried state: the recurrent form that decoding uses."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -33,6 +34,7 @@ def step(
     if isinstance(decay, ManhattanDecay) and log_gate is not None:
         raise ValueError("log_gate: ManhattanDecay takes no content gate; pass log_gate=None")
     acc = state.memory.dtype
+    decay = jax.tree.map(lambda rate: rate.astype(acc), decay)
     num_prefix = state.prefix_k.shape[1]
     in_prefix = state.index < num_prefix
     here = (jnp.arange(num_prefix) == state.index)[:, None, None]

@@ -1,0 +1,1 @@
+"""Speed, measured by hand: each module prints a table of ours against a peer in the same run."""
