@@ -83,10 +83,18 @@ def _sample(workdir: Path) -> None:
     images = tokens_to_images(tokens, config.model.grid, config.data.levels)
     out = Path(_OUT.value or workdir / "samples" / f"sample_{step:07d}_seed{_SEED.value}")
     write_npz(out.with_suffix(".npz"), images, labels)
-    write_png(out.with_suffix(".png"), image_grid(images[:400], labels[:400]))
+    shown = _shown(labels)
+    write_png(out.with_suffix(".png"), image_grid(images[shown], labels[shown]))
     print(
         f"{len(images)} images of step {step}: {out.with_suffix('.png')}, {out.with_suffix('.npz')}"
     )
+
+
+def _shown(labels: np.ndarray, most: int = 100) -> np.ndarray:
+    """Indices of the images for the picture: the first few of every class."""
+    classes, counts = np.unique(labels, return_counts=True)
+    each = min(counts.max(), max(1, most // len(classes)))
+    return np.concatenate([np.flatnonzero(labels == c)[:each] for c in classes])[:most]
 
 
 def _labels(config: Config) -> np.ndarray:

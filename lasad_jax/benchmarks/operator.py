@@ -55,9 +55,10 @@ def main(argv: list[str]) -> None:
         "manhattan": ops.ManhattanDecay(rate, rate),
     }
     print(f"{jax.devices()[0].device_kind}, {_HEADS.value} heads of {_DIM.value}, bf16")
-    print(f"{'decay':10} {'tokens':>6} {'batch':>5} {'softmax':>8}  " + "".join(
-        f"{form:>18}" for form in ops.IMPLEMENTATIONS
-    ))
+    print(
+        f"{'decay':10} {'tokens':>6} {'batch':>5} {'softmax':>8}  "
+        + "".join(f"{form:>18}" for form in ops.IMPLEMENTATIONS)
+    )
     for side in map(int, _GRIDS.value):
         num_tokens = side * side
         batch = max(1, _TOKENS.value // num_tokens)
