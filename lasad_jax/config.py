@@ -20,9 +20,9 @@ SCHEDULES = ("constant", "cosine")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
 
 
-def _at_least(section: str, config: Any, minimum: float, *names: str) -> None:
+def _at_least(section: str, config: Any, minimum: int, *names: str) -> None:
     for name in names:
-        if (value := getattr(config, name)) < minimum:
+        if not (value := getattr(config, name)) >= minimum:  # true of nan as well
             raise ValueError(f"{section}.{name}: {value} must be at least {minimum}")
 
 
@@ -74,7 +74,7 @@ class OptimizerConfig:
         _one_of("optimizer", self, "schedule", SCHEDULES)
         _at_least("optimizer", self, 0, "learning_rate", "warmup_steps", "weight_decay")
         _at_least("optimizer", self, 1, "accumulate")
-        if self.clip_norm <= 0:
+        if not self.clip_norm > 0:
             raise ValueError(f"optimizer.clip_norm: {self.clip_norm} must be positive")
         for name in ("b1", "b2", "ema_decay"):
             if not 0 <= (value := getattr(self, name)) < 1:
@@ -127,7 +127,7 @@ class SamplingConfig:
     def __post_init__(self):
         _one_of("sampling", self, "guidance_schedule", GUIDANCE_SCHEDULES)
         _at_least("sampling", self, 0, "guidance", "temperature", "top_k")
-        if self.guidance_power <= 0:
+        if not self.guidance_power > 0:
             raise ValueError(f"sampling.guidance_power: {self.guidance_power} must be positive")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"sampling.top_p: {self.top_p} must be in (0, 1]")
@@ -210,8 +210,12 @@ def _build(cls: type, values: Mapping[str, Any], path: str) -> Any:
                 raise ValueError(f"{where}: expected a section, got {value!r}")
             arguments[name] = _build(wanted, value, where)
             continue
-        if typing.get_origin(wanted) is tuple and isinstance(value, list | tuple):
-            wanted, value = tuple, tuple(value)
+        if typing.get_origin(wanted) is tuple:
+            items, wanted = list(typing.get_args(wanted)), tuple
+            value = tuple(value) if isinstance(value, list) else value
+            if isinstance(value, tuple) and [type(item) for item in value] != items:
+                names = ", ".join(item.__name__ for item in items)
+                raise ValueError(f"{where}: expected ({names}), got {value!r}")
         if wanted is float and type(value) is int:
             value = float(value)
         if type(value) is not wanted:

@@ -113,7 +113,7 @@ def _given(config: Config, path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise FileNotFoundError(f"complete: {path} does not exist")
     with np.load(path) as file:
         images = file["arr_0"]
-        labels = file["arr_1"] if "arr_1" in file else None
+        labels = file.get("arr_1")
     if _CLASSES.value is not None or labels is None:
         labels = _labels(config)
     rows, (num_rows, num_columns) = _ROWS.value, config.model.grid

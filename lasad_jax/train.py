@@ -28,8 +28,16 @@ def main(argv: list[str]) -> None:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's own parsing, with an unknown --config field named in one line."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        sys.exit(f"--config: no such field: {error.args[0]}")
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lasad_jax"))
     logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -33,7 +33,7 @@ class Linear(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch"]) -> Float[Array, "*batch"]:
+    def __call__(self, x: Float[Array, "*inputs"]) -> Float[Array, "*outputs"]:
         num_contracted = len(self.axes) - len(self.features)
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         shape = (*x.shape[-num_contracted:], *self.features)

@@ -32,23 +32,23 @@ class LASADCache:
     """The operator's state and, with `local_conv`, the newest inputs of the convolution."""
 
     state: ops.State
-    recent: Float[Array, "B W D"] | None
+    recent: Float[Array, "*layers B W D"] | None
 
 
 @struct.dataclass
 class SoftmaxCache:
     """Keys and values of every token so far."""
 
-    k: Float[Array, "B N H Dk"]
-    v: Float[Array, "B N H Dv"]
-    index: Int[Array, ""]
+    k: Float[Array, "*layers B N H Dk"]
+    v: Float[Array, "*layers B N H Dv"]
+    index: Int[Array, "*layers"]
 
 
-def _half_life_init(longest: float):
+def _half_life_init(longest: int):
     """Rates (as inputs to softplus) whose half-lives run geometrically from 1 to `longest`."""
 
     def init(_, shape, dtype):
-        half_lives = jnp.geomspace(1.0, max(longest, 2.0), shape[0])
+        half_lives = jnp.geomspace(1.0, max(longest, 2), shape[0])
         return jnp.log(jnp.expm1(jnp.log(2.0) / half_lives)).astype(dtype)
 
     return nn.with_logical_partitioning(init, ("heads",))

@@ -14,6 +14,8 @@ from lasad_jax.ops.decays import Decay, Grid, ManhattanDecay
 class State:
     """Everything the operator remembers of the tokens seen so far.
 
+    The states of several layers may be stacked along new first axes.
+
     Attributes:
       prefix_k, prefix_v: keys and values of the prefix tokens, zero until seen.
       memory: sum of decayed k v^T as of the last token, (B, H, Dk, Dv) in float32;
@@ -21,10 +23,10 @@ class State:
       index: number of tokens seen, prefix included.
     """
 
-    prefix_k: Float[Array, "B P H Dk"]
-    prefix_v: Float[Array, "B P H Dv"]
-    memory: Float[Array, "B H *columns Dk Dv"]
-    index: Int[Array, ""]
+    prefix_k: Float[Array, "*layers B P H Dk"]
+    prefix_v: Float[Array, "*layers B P H Dv"]
+    memory: Float[Array, "*layers_B_H_columns Dk Dv"]
+    index: Int[Array, "*layers"]
 
 
 def init_state(

@@ -109,18 +109,22 @@ def sample_tokens(
     _check(model_config, labels, given)
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     size = -(-min(batch_size, len(labels)) // parts) * parts
-    root, rows = jax.random.key(seed), batch_sharding(mesh)
+    rows = batch_sharding(mesh)
+    # Jitted, as the keys of several processes can only be made where they will live.
+    make_keys = jax.jit(
+        jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number)),
+        out_shardings=rows,
+    )
     out = []
     for start in tqdm(range(0, len(labels), size), unit="batch", disable=not progress):
         # The last batch is filled up with repeats: one shape, one compilation.
         numbers = np.arange(start, start + size)
         source = np.minimum(numbers, len(labels) - 1)
-        keys = jax.vmap(lambda number: jax.random.fold_in(root, number))(numbers)
         tokens = _jitted_generate(
             model_config,
             params,
             jax.device_put(labels[source], rows),
-            jax.device_put(keys, rows),
+            make_keys(jax.device_put(numbers, rows)),
             jax.device_put(given[source], rows),
             sampling,
         )

@@ -18,8 +18,9 @@ class Checkpoints:
     """The checkpoints/ folder of a run: the newest few and the best by held-out loss."""
 
     def __init__(self, workdir: Path, *, keep_last: int = 2, read_only: bool = False):
+        held_out_loss = lambda metrics: metrics["held_out_loss"]
         best = checkpoint_managers.BestN(
-            get_metric_fn=lambda metrics: metrics["held_out_loss"],
+            get_metric_fn=held_out_loss,
             reverse=True,
             n=1,
             keep_checkpoints_without_metrics=False,
@@ -29,6 +30,9 @@ class Checkpoints:
         )
         options = ocp.CheckpointManagerOptions(
             preservation_policy=keep,
+            # The policy decides; without this too, Orbax does not write metrics to disk.
+            best_fn=held_out_loss,
+            best_mode="min",
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
         )
@@ -67,8 +71,13 @@ class Checkpoints:
         self._manager.close()
 
 
-def store_config(config: Config, workdir: Path) -> None:
+def store_config(config: Config, workdir: Path, *, write: bool = True) -> None:
     """Writes config.json; on going on, first refuses another architecture.
+
+    Args:
+      config: of this run.
+      workdir: its folder, made if missing.
+      write: False only checks, for all processes but one.
 
     Raises:
       ValueError: naming every field of the architecture that differs from the stored one.
@@ -93,6 +102,9 @@ def store_config(config: Config, workdir: Path) -> None:
                 f"workdir: {workdir} holds a run of another architecture; give another "
                 "directory or these fields their stored values: " + "; ".join(differing)
             )
+    if not write:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(config_to_json(config))
     temporary.replace(path)

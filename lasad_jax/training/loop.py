@@ -1,5 +1,6 @@
 """The training loop: data in, checkpoints, numbers and pictures out."""
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -49,12 +50,15 @@ def train(config: Config, workdir: Path) -> None:
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, config.optimizer.accumulate, mesh)
     first = jax.process_index() == 0
-    if first:
-        workdir.mkdir(parents=True, exist_ok=True)
-        store_config(config, workdir)
+    store_config(config, workdir, write=first)
     checkpoints = Checkpoints(workdir, keep_last=config.keep_last)
     start = checkpoints.latest_step()
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    # Closed however the loop ends: a checkpoint may still be on its way to disk.
+    with (
+        contextlib.closing(checkpoints),
+        jax.set_mesh(mesh),
+        nn.logical_axis_rules(sharding.RULES),
+    ):
         if start is None:
             state, start = init_state(config, mesh), 0
         else:
@@ -148,7 +152,6 @@ def train(config: Config, workdir: Path) -> None:
                 since = time.monotonic()
         bar.close()
 
-    checkpoints.close()
     if metrics:
         metrics.close()
         plot_losses(workdir / "metrics.jsonl", workdir / "loss.png")

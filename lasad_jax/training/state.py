@@ -49,14 +49,10 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Clipping and AdamW; weight decay for matrices only."""
 
-    def is_matrix(box):
-        # Scanning over layers adds an axis to every parameter, which makes no matrix of it.
-        return len([name for name in box.names if name != "layers"]) >= 2
-
-    decayed = jax.tree.map(
-        is_matrix,
-        abstract_parameters(config.model),
-        is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    # By name: a norm's scale has several axes too, of heads and of the scanned layers.
+    decayed = jax.tree_util.tree_map_with_path(
+        lambda path, _: path[-1].key in ("kernel", "embedding"),
+        unbox(abstract_parameters(config.model)),
     )
     optimizer = config.optimizer
     return optax.chain(

@@ -1,0 +1,144 @@
+"""The commands as a user types them, from training to a classifier's verdict; the README."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lasad_jax.config import build_config
+from lasad_jax.data.images import load_images
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+TRAIN = (
+    "lasad_jax.train --config=configs/digits.py --config.steps=4 --config.sample_every=4 "
+    "--config.save_every=2 --config.eval_every=4 --config.optimizer.schedule=constant --config.model.num_layers=1 "
+    "--config.model.width=16 --config.samples_per_class=1"
+)
+
+
+def run(command, *, fails=False):
+    result = subprocess.run(
+        [sys.executable, "-m", *command.split()],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert (result.returncode != 0) == fails, result.stderr
+    if fails:
+        assert "Traceback" not in result.stderr
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("run")
+    run(f"{TRAIN} --workdir={workdir}")
+    return workdir
+
+
+def test_sample_complete_and_evaluate(workdir):
+    run(f"lasad_jax.sample --workdir={workdir} --num=20 --out={workdir}/a --batch_size=8")
+    with np.load(workdir / "a.npz") as file:
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (20, 8, 8, 1)
+    assert images.dtype == np.uint8
+    np.testing.assert_array_equal(np.bincount(labels), np.full(10, 2))
+    assert Image.open(workdir / "a.png").size[1] > 10 * 48
+
+    real = load_images("digits", "test").images[:5]
+    np.savez(workdir / "real.npz", arr_0=real, arr_1=np.full(5, 3))
+    run(
+        f"lasad_jax.sample --workdir={workdir} --complete={workdir}/real.npz --rows=5 "
+        f"--out={workdir}/b --temperature=0 --guidance=1"
+    )
+    with np.load(workdir / "b.npz") as file:
+        completed, labels = file["arr_0"], file["arr_1"]
+    levels = lambda x: np.round(x / 255 * 15)
+    np.testing.assert_array_equal(levels(completed[:, :5]), levels(real[:, :5]))
+    assert (levels(completed[:, 5:]) != levels(real[:, 5:])).any()
+    np.testing.assert_array_equal(labels, np.full(5, 3))
+
+    said = run(f"lasad_jax.evaluate --samples={workdir}/a.npz --source=digits")
+    assert re.search(r"class agreement +[01]\.\d+", said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--classes=3,12", "labels: 12 is no class"),
+        ("--classes=cat", "classes: .* must be numbers"),
+        ("--step=3", r"step: 3 has no checkpoint .* \[2, 4\]"),
+        ("--top_p=2", "sampling.top_p: 2.0 must be in"),
+        ("--complete=nothing.npz --rows=3", "complete: nothing.npz does not exist"),
+    ],
+)
+def test_bad_requests_are_refused_in_a_line(workdir, flags, message):
+    assert re.search(message, run(f"lasad_jax.sample --workdir={workdir} {flags}", fails=True))
+
+
+def test_python_in_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    scope = {}
+    for block in blocks:
+        exec(block, scope)
+    assert build_config(scope["get_config"]()).model.decay == "manhattan"
+    assert scope["o_next"].shape == (2, 4, 64)
+
+
+def test_commands_in_the_readme_exist():
+    """Modules, flags, config files and fields."""
+    shell = " ".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
+    shell = re.sub(r"\\\n", " ", re.sub(r"#.*", "", shell))
+    commands = re.findall(r"python -m (lasad_jax\.\w+)(.*)", shell)
+    assert len(commands) >= 6
+    for module, flags in commands:
+        source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+        for flag in re.findall(r"--(\w+)=", flags):
+            assert f'"{flag}"' in source, (module, flag)
+    for path in re.findall(r"(?:configs|launch|docs)/[\w.]+", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_annotations_hold_at_run_time():
+    """jaxtyping's shapes, checked by beartype through a model, a train step and a decode."""
+    script = """
+from jaxtyping import install_import_hook
+modules = ["lasad_jax." + name for name in ("ops", "models", "sampling", "data", "training.step")]
+with install_import_hook(modules, "beartype.beartype"):
+    import jax, numpy as np
+    from lasad_jax.config import Config, MeshConfig, SamplingConfig
+    from lasad_jax.models import ModelConfig
+    from lasad_jax.sampling.decode import balanced_labels, sample_tokens
+    from lasad_jax.training.sharding import make_mesh
+    from lasad_jax.training.state import init_state
+    from lasad_jax.training.step import make_eval_step, make_train_step
+for changes in ({}, {"mixer": "softmax"}, {"decay": "manhattan", "selective": False}):
+    model = ModelConfig(vocab_size=7, num_classes=3, grid=(3, 4), num_layers=2, width=16,
+                        num_heads=2, **changes)
+    config = Config(model=model, batch_size=4)
+    mesh = make_mesh(config.mesh)
+    state = init_state(config, mesh)
+    batch = {"tokens": np.zeros((4, 12), np.int32), "labels": np.zeros(4, np.int32),
+             "mask": np.ones(4, np.float32)}
+    jax.eval_shape(make_train_step(config), state, batch)
+    jax.eval_shape(make_eval_step(model), state.params, batch)
+    sample_tokens(model, state.params, balanced_labels(4, 3), sampling=SamplingConfig(top_k=3,
+                  top_p=0.5), seed=0, mesh=mesh, given=np.zeros((4, 4), np.int32))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "XLA_FLAGS": ""},
+    )
+    assert result.returncode == 0, result.stderr[-3000:]

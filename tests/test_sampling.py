@@ -1,0 +1,175 @@
+"""Decoding: guidance, filters, draws, and images that depend on nothing but their seed."""
+
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from scipy import stats
+from test_models import tiny_model
+
+from lasad_jax.config import MeshConfig, SamplingConfig
+from lasad_jax.models import LASADGen
+from lasad_jax.sampling.decode import balanced_labels, sample_tokens
+from lasad_jax.sampling.filters import draw, keep_top_k, keep_top_p
+from lasad_jax.sampling.guidance import guidance_scale, guide
+from lasad_jax.training.sharding import make_mesh
+
+ONE = make_mesh(MeshConfig(), jax.devices()[:1])
+LOGITS = hnp.arrays(
+    np.float32, 9, elements=st.floats(-5, 5, width=32, allow_subnormal=False), unique=True
+)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", lambda x: np.full_like(x, 3.0)),
+        ("linear", lambda x: 1 + 2 * x),
+        ("power-cosine", lambda x: 1 + 2 * (1 - np.cos(np.pi * x**1.5)) / 2),
+    ],
+)
+def test_guidance_schedules(schedule, expected):
+    config = SamplingConfig(guidance=3.0, guidance_schedule=schedule, guidance_power=1.5)
+    scales = [float(guidance_scale(config, jnp.asarray(i), 12)) for i in range(12)]
+    np.testing.assert_allclose(scales, expected(np.linspace(0, 1, 12)), rtol=1e-5)
+
+
+def test_guidance_of_one_is_the_conditional():
+    c, u = np.random.default_rng(0).standard_normal((2, 3, 7))
+    np.testing.assert_allclose(guide(c, u, 1.0), c, rtol=1e-5)
+    np.testing.assert_allclose(guide(c, u, 4.0), u + 4 * (c - u), rtol=1e-5)
+
+
+@settings(deadline=None, max_examples=50)
+@given(LOGITS, st.integers(1, 9))
+def test_top_k_keeps_the_k_largest(logits, k):
+    kept = np.flatnonzero(np.isfinite(keep_top_k(jnp.asarray(logits), k)))
+    assert set(kept) == set(np.argsort(-logits)[:k])
+
+
+@settings(deadline=None, max_examples=50)
+@given(LOGITS, st.floats(0.01, 0.99))
+def test_top_p_keeps_the_fewest_that_reach_p(logits, p):
+    kept = np.flatnonzero(np.isfinite(keep_top_p(jnp.asarray(logits), p)))
+    order = np.argsort(-logits)
+    probability = np.exp(logits[order]) / np.exp(logits).sum()
+    reached = np.cumsum(probability)
+    if np.abs(reached - p).min() > 1e-4:
+        assert set(kept) == set(order[: np.searchsorted(reached, p) + 1])
+
+
+def test_draws_follow_the_distribution():
+    logits = np.array([0.0, 1.0, -1.0, 2.0, 0.5], np.float32)
+    keys = jax.random.split(jax.random.key(0), 4000)
+    config = SamplingConfig(temperature=0.7, top_k=4)
+    drawn = draw(np.tile(logits, (4000, 1)), keys, config)
+    expected = np.exp(np.float64(logits) / 0.7) * (logits > -1)
+    counts = np.bincount(drawn, minlength=5)
+    assert counts[2] == 0
+    rest = expected > 0
+    p_value = stats.chisquare(counts[rest], 4000 * expected[rest] / expected.sum()).pvalue
+    assert p_value > 1e-3
+
+
+@pytest.mark.parametrize("changes", [{}, {"mixer": "softmax"}], ids=str)
+def test_greedy_decoding_is_the_argmax_of_the_full_pass(changes):
+    """Guided and unguided, from nothing and from given rows, without any cache."""
+    config, variables, tokens, labels = tiny_model(**changes)
+    labels, apply = labels[:2], jax.jit(LASADGen(config).apply)
+    for guidance, num_given in ((1.0, 0), (2.5, 5)):
+        expected = tokens[:2].copy()
+        for i in range(num_given, config.num_tokens):
+            c = apply(variables, expected, labels)[:, i]
+            u = apply(variables, expected, np.full(2, config.num_classes))[:, i]
+            expected[:, i] = np.argmax(u + guidance * (c - u), axis=-1)
+        got = sample_tokens(
+            config,
+            variables["params"],
+            labels,
+            sampling=SamplingConfig(temperature=0.0, guidance=guidance),
+            seed=0,
+            mesh=ONE,
+            given=tokens[:2, :num_given],
+        )
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_images_depend_on_seed_and_number_alone():
+    """Not on the batch size, nor on the number of devices."""
+    config, variables, _, _ = tiny_model()
+    labels = balanced_labels(10, 3)
+    run = lambda seed, mesh, batch_size: sample_tokens(
+        config,
+        variables["params"],
+        labels,
+        sampling=SamplingConfig(guidance=1.5, top_p=0.9),
+        seed=seed,
+        mesh=mesh,
+        batch_size=batch_size,
+    )
+    reference = run(0, ONE, 10)
+    np.testing.assert_array_equal(run(0, ONE, 4), reference)
+    np.testing.assert_array_equal(run(0, ONE, 3), reference)
+    np.testing.assert_array_equal(run(0, make_mesh(MeshConfig()), 10), reference)
+    assert not np.array_equal(run(1, ONE, 10), reference)
+    assert len(np.unique(reference, axis=0)) == 10
+
+
+def test_balanced_labels():
+    np.testing.assert_array_equal(balanced_labels(7, 3), [0, 0, 0, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("labels", "given_codes", "message"),
+    [
+        ([], None, "labels: none given"),
+        ([0, 4], None, "labels: 4 is no class"),
+        ([0], np.full((1, 2), 11), "given: codes must be 0 to 10"),
+        ([0], np.zeros((2, 2)), "given: expected"),
+        ([0], np.zeros((1, 21)), "given: expected"),
+    ],
+)
+def test_bad_requests_are_refused(labels, given_codes, message):
+    config, variables, _, _ = tiny_model()
+    with pytest.raises(ValueError, match=message):
+        sample_tokens(
+            config,
+            variables["params"],
+            np.array(labels, int),
+            sampling=SamplingConfig(),
+            seed=0,
+            mesh=ONE,
+            given=given_codes,
+        )
+
+
+def test_decoding_memory_does_not_grow_with_length():
+    """Temporary memory per token falls as the image gets taller: the state is all there is."""
+    from lasad_jax.sampling.decode import generate
+
+    def temporary(rows):
+        config, variables, _, _ = tiny_model()
+        config = dataclasses.replace(config, grid=(rows, 5))
+        args = (variables["params"], jnp.zeros(2, int), jax.random.split(jax.random.key(0), 2))
+        lowered = jax.jit(generate, static_argnums=(0, 5)).lower(
+            config, *args, jnp.zeros((2, 0), jnp.int32), SamplingConfig()
+        )
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    codes_alone = 2 * 4 * 5 * (64 - 4)
+    assert temporary(64) - temporary(4) <= 8 * codes_alone
+
+
+def test_sample_without_a_run_says_so(tmp_path):
+    command = [sys.executable, "-m", "lasad_jax.sample", f"--workdir={tmp_path}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert "no run in" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,82 @@
+"""A run of a few seconds; also a config file (--config=tests/tiny.py) for subprocesses."""
+
+import os
+import sys
+from pathlib import Path
+
+import jax
+import ml_collections
+from flax import linen as nn
+
+from lasad_jax.config import Config, build_config, default_config
+from lasad_jax.data import images_to_tokens, load_images, train_batches
+from lasad_jax.training import sharding
+from lasad_jax.training.state import init_state
+from lasad_jax.training.step import make_train_step
+
+ROOT = Path(__file__).parents[1]
+
+
+def get_config() -> ml_collections.ConfigDict:
+    config = default_config()
+    config.update(steps=8, batch_size=16, log_every=1, eval_every=0, sample_every=0, save_every=4)
+    config.samples_per_class = 1
+    config.data.levels = 8
+    config.model.update(
+        vocab_size=8,
+        num_classes=10,
+        grid=(8, 8),
+        num_layers=2,
+        width=16,
+        num_heads=2,
+        dtype="float32",
+    )
+    config.optimizer.update(learning_rate=1e-3, ema_decay=0.9)
+    return config
+
+
+def tiny_config(**overrides) -> Config:
+    """Overrides are fields, or dicts of a section's fields."""
+    config = get_config()
+    config.update(overrides)
+    return build_config(config)
+
+
+def tokens_and_labels(config: Config, split: str = "train"):
+    images = load_images("digits", split)
+    return images_to_tokens(images.images, config.data.levels), images.labels
+
+
+def train_steps(config: Config, mesh, steps: int, see=lambda state: None):
+    """The state after some steps, and the loss of each; `see` is shown every state."""
+    batches = train_batches(
+        *tokens_and_labels(config), batch_size=config.batch_size, seed=config.seed
+    )
+    losses = []
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        state = init_state(config, mesh)
+        step = jax.jit(make_train_step(config), donate_argnums=0)
+        see(state)
+        for _ in range(steps):
+            state, metrics = step(state, sharding.put_batch(next(batches), mesh))
+            losses.append(float(metrics["loss"]))
+            see(state)
+    return state, losses
+
+
+def one_device_mesh(config: Config):
+    return sharding.make_mesh(config.mesh, jax.devices()[:1])
+
+
+def command(*flags: str) -> list[str]:
+    """The training command; a later --config wins."""
+    return [sys.executable, "-m", "lasad_jax.train", "--config=tests/tiny.py", *flags]
+
+
+def environment(devices: int) -> dict[str, str]:
+    """For a subprocess in ROOT; its compilation cache lies with the tests' own."""
+    # The second flag halves the time of compilation.
+    xla_flags = (
+        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    )
+    return os.environ | {"HOME": str(ROOT / ".cache"), "XLA_FLAGS": xla_flags}
