@@ -11,8 +11,9 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
+from lasad_jax.command import run
 from lasad_jax.data.images import SOURCES, SPLITS, ImageSet, load_images
 from lasad_jax.evaluation.agreement import accuracy, check_samples, fit_classifier
 
@@ -75,13 +76,11 @@ def _join(a: ImageSet, b: ImageSet) -> ImageSet:
     )
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Prints the report."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
     print(report(_SAMPLES.value, _SOURCE.value, directory=_DIRECTORY.value, split=_SPLIT.value))
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("samples")
-    app.run(main)
+    run(main)

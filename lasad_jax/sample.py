@@ -6,14 +6,14 @@ rows of the images in arr_0 and draws the rest.
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags
 from flax import linen as nn
 
+from lasad_jax.command import run
 from lasad_jax.config import Config, load_config
 from lasad_jax.data.pixel_tokens import images_to_tokens, tokens_to_images
 from lasad_jax.sampling.decode import balanced_labels, sample_tokens
@@ -40,17 +40,8 @@ _TOP_K = flags.DEFINE_integer("top_k", None, "Draw among the k likeliest codes; 
 _TOP_P = flags.DEFINE_float("top_p", None, "Draw among codes of total probability p.")
 
 
-def main(argv: list[str]) -> None:
-    """Reads the flags, draws and writes."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown argument {argv[1]!r}; flags begin with --")
-    try:
-        _sample(Path(_WORKDIR.value))
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-
-
-def _sample(workdir: Path) -> None:
+def sample(workdir: Path) -> None:
+    """Draws what the flags ask for and writes it."""
     config = load_config(workdir)
     overrides = {
         "guidance": _GUIDANCE.value,
@@ -138,6 +129,4 @@ def _parameters(config: Config, workdir: Path, mesh: jax.sharding.Mesh):
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lasad_jax"))
-    logging.set_verbosity(logging.WARNING)
-    app.run(main)
+    run(lambda: sample(Path(_WORKDIR.value)))

@@ -77,6 +77,7 @@ def test_sample_complete_and_evaluate(workdir):
         ("--classes=cat", "classes: .* must be numbers"),
         ("--step=3", r"step: 3 has no checkpoint .* \[2, 4\]"),
         ("--top_p=2", "sampling.top_p: 2.0 must be in"),
+        ("--rows=3 stray", "unknown argument 'stray'"),
         ("--complete=nothing.npz --rows=3", "complete: nothing.npz does not exist"),
     ],
 )

@@ -1,0 +1,37 @@
+"""What every command shares: one line for an error, a compilation cache, quiet libraries."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import app, logging
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs `main`, an entry point's whole work.
+
+    Errors that a user can mend (a bad value, a missing file, a loss that is not finite) end
+    the program with status 1 and one line. Compiled programs are kept in the user's cache,
+    so that the same command starts faster the next time.
+    """
+
+    def guarded(argv: list[str]) -> None:
+        if len(argv) > 1:
+            raise app.UsageError(f"unknown argument {argv[1]!r}; flags begin with --")
+        try:
+            main()
+        except (ValueError, FileNotFoundError, FloatingPointError) as error:
+            sys.exit(f"{type(error).__name__}: {error}")
+
+    logging.set_verbosity(logging.WARNING)
+    jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lasad_jax"))
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's own parsing, with an unknown --config field named in one line."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except (AttributeError, KeyError) as error:
+        sys.exit(f"--config: no such field: {error.args[0]}")
