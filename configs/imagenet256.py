@@ -30,5 +30,5 @@ def get_config(size: str = "B") -> ml_collections.ConfigDict:
     config.data.source = "codes"
     config.data.directory = "data/imagenet256_codes"
     config.model.update(vocab_size=16384, num_classes=1000, grid=(16, 16), **SIZES[size])
-    config.samples_per_class = 0
+    config.num_samples = 64
     return config

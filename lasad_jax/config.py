@@ -143,7 +143,7 @@ class Config:
       batch_size: images per step over all devices.
       log_every, eval_every, sample_every, save_every: steps between each; 0 for never.
       keep_last: newest checkpoints to keep, beside the one with the best held-out loss.
-      samples_per_class: images of each class in a sample grid made during training.
+      num_samples: images, spread over the classes, in a sample grid made during training.
       data, model, optimizer, mesh, sampling: the sections above.
     """
 
@@ -155,7 +155,7 @@ class Config:
     sample_every: int = 500
     save_every: int = 500
     keep_last: int = 2
-    samples_per_class: int = 4
+    num_samples: int = 40
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -163,8 +163,9 @@ class Config:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
 
     def __post_init__(self):
-        _at_least("config", self, 1, "steps", "batch_size", "log_every", "save_every", "keep_last")
-        _at_least("config", self, 0, "eval_every", "sample_every", "samples_per_class")
+        _at_least("config", self, 1, "steps", "batch_size", "log_every", "save_every")
+        _at_least("config", self, 1, "keep_last", "num_samples")
+        _at_least("config", self, 0, "seed", "eval_every", "sample_every")
         if self.batch_size % self.optimizer.accumulate:
             raise ValueError(
                 f"optimizer.accumulate: {self.optimizer.accumulate} does not divide "

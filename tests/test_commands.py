@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRAIN = (
     "lasad_jax.train --config=configs/digits.py --config.steps=4 --config.sample_every=4 "
-    "--config.save_every=2 --config.eval_every=4 --config.samples_per_class=1 "
+    "--config.save_every=2 --config.eval_every=4 --config.num_samples=10 "
     "--config.optimizer.schedule=constant --config.model.num_layers=1 --config.model.width=16"
 )
 

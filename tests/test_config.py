@@ -150,11 +150,11 @@ REFUSED = [
     (SamplingConfig, {"top_p": 1.5}, r"sampling\.top_p: 1\.5 must be in \(0, 1\]"),
     *(
         (Config, {name: 0}, rf"config\.{name}: 0 must be at least 1")
-        for name in ("steps", "batch_size", "log_every", "save_every", "keep_last")
+        for name in ("steps", "batch_size", "log_every", "save_every", "keep_last", "num_samples")
     ),
     *(
         (Config, {name: -1}, rf"config\.{name}: -1 must be at least 0")
-        for name in ("eval_every", "sample_every", "samples_per_class")
+        for name in ("seed", "eval_every", "sample_every")
     ),
     (
         Config,

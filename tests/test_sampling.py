@@ -124,6 +124,8 @@ def test_images_depend_on_seed_and_number_alone():
 
 def test_balanced_labels():
     np.testing.assert_array_equal(balanced_labels(7, 3), [0, 0, 0, 1, 1, 2, 2])
+    np.testing.assert_array_equal(balanced_labels(3, 1000), [0, 333, 666])
+    assert set(np.bincount(balanced_labels(500, 17))) == {29, 30}
 
 
 @pytest.mark.parametrize(

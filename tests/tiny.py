@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 def get_config() -> ml_collections.ConfigDict:
     config = default_config()
     config.update(steps=8, batch_size=16, log_every=1, eval_every=0, sample_every=0, save_every=4)
-    config.samples_per_class = 1
+    config.num_samples = 10
     config.data.levels = 8
     config.model.update(
         vocab_size=8,

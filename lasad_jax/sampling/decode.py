@@ -70,8 +70,8 @@ _jitted_generate = functools.partial(jax.jit, static_argnums=(0, 5))(generate)
 
 
 def balanced_labels(num: int, num_classes: int) -> Int[np.ndarray, " num"]:
-    """`num` labels, each class as often as any other (the first ones once more if need be)."""
-    return np.sort(np.arange(num, dtype=np.int32) % num_classes)
+    """`num` labels in order, each class as often as any other, give or take one."""
+    return (np.arange(num, dtype=np.int64) * num_classes // num).astype(np.int32)
 
 
 def sample_tokens(

@@ -79,9 +79,7 @@ def train(config: Config, workdir: Path) -> None:
             return float(total / count)
 
         def sample_grid(params):
-            labels = balanced_labels(
-                config.samples_per_class * config.model.num_classes, config.model.num_classes
-            )
+            labels = balanced_labels(config.num_samples, config.model.num_classes)
             tokens = sample_tokens(
                 config.model, params, labels, sampling=config.sampling, seed=config.seed, mesh=mesh
             )
