@@ -124,9 +124,8 @@ def scan(q: Rows, k: Rows, v: Rows, decay: ManhattanDecay, memory: ColumnMemory)
     """`associative_scan` along each row from both sides, column states carried downwards."""
     dtype, acc = v.dtype, accumulator(q.dtype)
     row_factor = _row_decay(decay, jnp.asarray(1))[:, None, None, None]
-    column_factor = _row_decay(
-        ManhattanDecay(decay.column_rate, decay.row_rate), jnp.ones(q.shape[2], jnp.int32)
-    ).T[None, :, :, None, None]
+    column_factor = jnp.exp(-decay.column_rate)[None, :, None, None, None]
+    column_factor = jnp.repeat(column_factor, q.shape[2], axis=2)
 
     def sweep(states, reverse=False):
         return jax.lax.associative_scan(combine, (column_factor, states), reverse=reverse, axis=2)[

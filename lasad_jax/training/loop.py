@@ -106,10 +106,11 @@ def train(config: Config, workdir: Path) -> None:
             last = step == config.steps
             due = lambda every, step=step, last=last: every and (step % every == 0 or last)
 
-            saving = due(config.save_every)
-            if due(config.log_every) or saving:
-                # The only places where the host waits for the device, so that a bad step is
-                # known before its parameters can reach a checkpoint.
+            saving, sampling = due(config.save_every), due(config.sample_every)
+            evaluating = due(config.eval_every)
+            if due(config.log_every) or saving or evaluating or sampling:
+                # Here alone the host waits for the device: a bad step is known before its
+                # parameters can reach a checkpoint, and no step is timed with what follows.
                 values = jax.device_get(pending)
                 check_finite(values, step)
                 elapsed = time.monotonic() - since
@@ -129,7 +130,7 @@ def train(config: Config, workdir: Path) -> None:
                 pending, since = [], time.monotonic()
 
             evaluated = None
-            if due(config.eval_every):
+            if evaluating:
                 evaluated = held_out_loss(state.best_params)
                 if metrics:
                     metrics.scalars(
@@ -141,12 +142,12 @@ def train(config: Config, workdir: Path) -> None:
                     )
             if saving:
                 checkpoints.save(state, step, evaluated)
-            if due(config.sample_every):
+            if sampling:
                 picture = sample_grid(state.best_params)
                 if metrics:
                     metrics.picture(step, "samples", picture)
                     write_png(workdir / "samples" / f"step_{step:07d}.png", picture)
-            if evaluated is not None or due(config.sample_every):
+            if evaluating or sampling:
                 since = time.monotonic()
         bar.close()
 

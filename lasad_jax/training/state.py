@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
 from lasad_jax.config import Config, OptimizerConfig
-from lasad_jax.models.generator import abstract_parameters, init_parameters
+from lasad_jax.models.generator import init_parameters
 from lasad_jax.training.sharding import tree_shardings
 
 
@@ -48,12 +48,6 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
     """Clipping and AdamW; weight decay for matrices only."""
-
-    # By name: a norm's scale has several axes too, of heads and of the scanned layers.
-    decayed = jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key in ("kernel", "embedding"),
-        unbox(abstract_parameters(config.model)),
-    )
     optimizer = config.optimizer
     return optax.chain(
         optax.clip_by_global_norm(optimizer.clip_norm),
@@ -62,8 +56,16 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
             b1=optimizer.b1,
             b2=optimizer.b2,
             weight_decay=optimizer.weight_decay,
-            mask=decayed,
+            mask=_matrices,
         ),
+    )
+
+
+def _matrices(params: PyTree) -> PyTree:
+    """True for matrices. By name: a norm's scale has several axes too, heads' and layers'."""
+    names = ("kernel", "embedding")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: any(getattr(part, "key", None) in names for part in path), params
     )
 
 
