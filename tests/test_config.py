@@ -14,6 +14,7 @@ from lasad_jax.config import (
     MeshConfig,
     OptimizerConfig,
     SamplingConfig,
+    TokenizerRunConfig,
     build_config,
     config_to_json,
     default_config,
@@ -189,7 +190,19 @@ def test_a_stored_configuration_is_the_same(tmp_path):
     config = tiny_config(seed=3, model={"grid": (4, 2)}, sampling={"top_p": 0.5})
     (tmp_path / "config.json").write_text(config_to_json(config))
     assert load_config(tmp_path) == config
-    assert json.loads(config_to_json(config)).keys() == dataclasses.asdict(config).keys()
+    assert json.loads(config_to_json(config)) == {
+        "kind": "generator",
+        **json.loads(json.dumps(dataclasses.asdict(config))),
+    }
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path):
+    config = build_config({"optimizer": {"clip_norm": 2}}, TokenizerRunConfig)
+    assert config.optimizer.weight_decay == 0  # a tokenizer's default, not the section's
+    (tmp_path / "config.json").write_text(config_to_json(config))
+    assert load_config(tmp_path, TokenizerRunConfig) == config
+    with pytest.raises(ValueError, match="holds a tokenizer's run, not a generator's"):
+        load_config(tmp_path)
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

@@ -1,0 +1,105 @@
+"""Whole runs: what every training shares, and what a generator and a tokenizer add."""
+
+import dataclasses
+
+from lasad_jax.config.sections import (
+    AugmentConfig,
+    DataConfig,
+    LossConfig,
+    MeshConfig,
+    OptimizerConfig,
+    SamplingConfig,
+    at_least,
+)
+from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.tokenizer_config import TokenizerConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What every training run is told.
+
+    Attributes:
+      seed: of everything random: initialisation, data order, dropout, samples.
+      steps: optimizer steps to train for.
+      batch_size: images per step over all devices.
+      log_every, eval_every, sample_every, save_every: steps between each; 0 for never.
+      keep_last: newest checkpoints to keep, beside the one with the best held-out loss.
+      num_samples: images in a picture made during training.
+      data, optimizer, mesh: sections of their own.
+    """
+
+    seed: int = 0
+    steps: int = 1000
+    batch_size: int = 256
+    log_every: int = 50
+    eval_every: int = 500
+    sample_every: int = 500
+    save_every: int = 500
+    keep_last: int = 2
+    num_samples: int = 40
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self):
+        at_least("config", self, 1, "steps", "batch_size", "log_every", "save_every")
+        at_least("config", self, 1, "keep_last", "num_samples")
+        at_least("config", self, 0, "seed", "eval_every", "sample_every")
+        if self.batch_size % self.optimizer.accumulate:
+            raise ValueError(
+                f"optimizer.accumulate: {self.optimizer.accumulate} does not divide "
+                f"batch_size={self.batch_size}"
+            )
+        if self.optimizer.schedule == "cosine" and self.optimizer.warmup_steps >= self.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps: {self.optimizer.warmup_steps} must be below "
+                f"steps={self.steps}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(RunConfig):
+    """Training a generator.
+
+    Attributes:
+      model: its architecture.
+      sampling: how it draws, in training's sample grids and by default later.
+    """
+
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerRunConfig(RunConfig):
+    """Training a tokenizer; the defaults are LlamaGen's.
+
+    Attributes:
+      model: its architecture.
+      augment: how training images vary.
+      losses: what it is trained to minimise.
+    """
+
+    batch_size: int = 128
+    optimizer: OptimizerConfig = dataclasses.field(
+        default_factory=lambda: OptimizerConfig(weight_decay=0.0)
+    )
+    model: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    losses: LossConfig = dataclasses.field(default_factory=LossConfig)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.data.source == "codes":
+            raise ValueError("data.source: 'codes' are a tokenizer's output; name its images")
+        if self.optimizer.accumulate != 1:
+            raise ValueError(
+                f"optimizer.accumulate: {self.optimizer.accumulate} must be 1 for a tokenizer"
+            )
+        factor = self.model.downsampling
+        if any(size % factor for size in self.data.image_size):
+            raise ValueError(
+                f"data.image_size: {self.data.image_size} must be multiples of {factor}, the "
+                "downsampling of model.multipliers"
+            )
