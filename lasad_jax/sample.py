@@ -1,8 +1,8 @@
 """Draws images from a run: python -m lasad_jax.sample --workdir=DIR
 
 Writes a labelled PNG grid and an .npz (arr_0: uint8 NHWC images, arr_1: labels; the ADM
-convention). --classes=3,1,4 chooses classes; --complete=FILE.npz --rows=14 keeps the first
-rows of the images in arr_0 and draws the rest.
+convention). --classes=3,1,4 chooses classes, by number or name; --complete=FILE.npz --rows=14 keeps the first
+rows of tokens of the images in arr_0 and draws the rest.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from lasad_jax.command import run
 from lasad_jax.config import Config, load_config
-from lasad_jax.data.pixel_tokens import images_to_tokens, tokens_to_images
+from lasad_jax.data.tokens import Codec, load_class_names, load_run_codec
 from lasad_jax.sampling.decode import balanced_labels, sample_tokens
 from lasad_jax.sampling.pictures import image_grid, write_npz, write_png
 from lasad_jax.training import sharding
@@ -25,13 +25,13 @@ from lasad_jax.training.state import abstract_state
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Path of the results without ending; in the run if unset.")
 _NUM = flags.DEFINE_integer("num", 100, "Number of images, balanced over the classes.", 1)
-_CLASSES = flags.DEFINE_list("classes", None, "Classes to draw; all if unset.")
+_CLASSES = flags.DEFINE_list("classes", None, "Classes to draw, by number or name; all if unset.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the images.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the best by held-out loss if unset.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the parameters themselves, not their average.")
 _BATCH = flags.DEFINE_integer("batch_size", 128, "Images drawn at a time.", 1)
 _COMPLETE = flags.DEFINE_string("complete", None, "An .npz of images (arr_0) to complete.")
-_ROWS = flags.DEFINE_integer("rows", None, "Rows of --complete to keep.")
+_ROWS = flags.DEFINE_integer("rows", None, "Rows of tokens of --complete to keep.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; as configured if unset.")
 _SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "constant, linear or power-cosine.")
 _POWER = flags.DEFINE_float("guidance_power", None, "Exponent of power-cosine.")
@@ -53,9 +53,10 @@ def sample(workdir: Path) -> None:
     }
     overrides = {name: value for name, value in overrides.items() if value is not None}
     sampling = dataclasses.replace(config.sampling, **overrides)
-    labels, given = _labels(config), None
+    codec, class_names = load_run_codec(config.data, workdir), load_class_names(workdir)
+    labels, given = _labels(config, class_names), None
     if _COMPLETE.value:
-        labels, given = _given(config, Path(_COMPLETE.value))
+        labels, given = _given(config, codec, Path(_COMPLETE.value), labels)
 
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
@@ -71,11 +72,13 @@ def sample(workdir: Path) -> None:
             given=given,
             progress=True,
         )
-    images = tokens_to_images(tokens, config.model.grid, config.data.levels)
+    images = codec.decode(tokens, config.model.grid)
     out = Path(_OUT.value or workdir / "samples" / f"sample_{step:07d}_seed{_SEED.value}")
     write_npz(out.with_suffix(".npz"), images, labels)
     shown = _shown(labels)
-    write_png(out.with_suffix(".png"), image_grid(images[shown], labels[shown]))
+    write_png(
+        out.with_suffix(".png"), image_grid(images[shown], labels[shown], class_names=class_names)
+    )
     print(
         f"{len(images)} images of step {step}: {out.with_suffix('.png')}, {out.with_suffix('.npz')}"
     )
@@ -88,32 +91,38 @@ def _shown(labels: np.ndarray, most: int = 100) -> np.ndarray:
     return np.concatenate([np.flatnonzero(labels == c)[:each] for c in classes])[:most]
 
 
-def _labels(config: Config) -> np.ndarray:
+def _labels(config: Config, class_names: tuple[str, ...] | None) -> np.ndarray:
     num_classes = config.model.num_classes
     if _CLASSES.value is None:
         return balanced_labels(_NUM.value, num_classes)
-    try:
-        chosen = np.array([int(name) for name in _CLASSES.value], np.int32)
-    except ValueError as error:
-        raise ValueError(f"classes: {_CLASSES.value} must be numbers such as 3,1,4") from error
+    numbers = {name: number for number, name in enumerate(class_names or ())}
+    numbers |= {str(number): number for number in range(num_classes)}
+    if unknown := [name for name in _CLASSES.value if name not in numbers]:
+        raise ValueError(
+            f"classes: {unknown[0]!r} is no class; there are 0 to {num_classes - 1}"
+            + (f", named {', '.join(class_names)}" if class_names else "")
+        )
+    chosen = np.array([numbers[name] for name in _CLASSES.value], np.int32)
     return chosen[balanced_labels(_NUM.value, len(chosen))]
 
 
-def _given(config: Config, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _given(
+    config: Config, codec: Codec, path: Path, default_labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     if not path.exists():
         raise FileNotFoundError(f"complete: {path} does not exist")
     with np.load(path) as file:
         images = file["arr_0"]
         labels = file.get("arr_1")
     if _CLASSES.value is not None or labels is None:
-        labels = _labels(config)
+        labels = default_labels
     rows, (num_rows, num_columns) = _ROWS.value, config.model.grid
     if rows is None or not 0 <= rows <= num_rows:
         raise ValueError(f"rows: {rows} must be 0 to {num_rows}, the rows of --complete to keep")
-    if images.shape[1:3] != (num_rows, num_columns):
-        raise ValueError(f"complete: images of {images.shape[1:3]} do not fit {config.model.grid}")
     num = min(len(images), len(labels), _NUM.value)
-    tokens = images_to_tokens(images[:num], config.data.levels)
+    tokens = codec.encode(images[:num])
+    if tokens.shape[1] != config.model.num_tokens:
+        raise ValueError(f"complete: images of {images.shape[1:3]} do not fit {config.model.grid}")
     return labels[:num], tokens[:, : rows * num_columns]
 
 

@@ -1,6 +1,7 @@
 """Whole runs: what every training shares, and what a generator and a tokenizer add."""
 
 import dataclasses
+from typing import Any
 
 from lasad_jax.config.sections import (
     AugmentConfig,
@@ -13,6 +14,9 @@ from lasad_jax.config.sections import (
 )
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.tokenizer_config import TokenizerConfig
+
+# Fields of the model that may change between two runs of the same parameters.
+_FREE_MODEL_FIELDS = ("dropout", "class_dropout", "remat", "dtype", "implementation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,7 @@ class RunConfig:
       keep_last: newest checkpoints to keep, beside the one with the best held-out loss.
       num_samples: images in a picture made during training.
       data, optimizer, mesh: sections of their own.
+      model: the architecture; each kind of run has its own.
     """
 
     seed: int = 0
@@ -41,6 +46,7 @@ class RunConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    model: ModelConfig | TokenizerConfig = dataclasses.field(default_factory=ModelConfig)
 
     def __post_init__(self):
         at_least("config", self, 1, "steps", "batch_size", "log_every", "save_every")
@@ -56,6 +62,15 @@ class RunConfig:
                 f"optimizer.warmup_steps: {self.optimizer.warmup_steps} must be below "
                 f"steps={self.steps}"
             )
+
+    def architecture(self) -> dict[str, Any]:
+        """The fields that a stored state depends on, by name: they cannot change in a run."""
+        model = {
+            f"model.{name}": value
+            for name, value in dataclasses.asdict(self.model).items()
+            if name not in _FREE_MODEL_FIELDS
+        }
+        return model | {"optimizer.ema_decay > 0": self.optimizer.ema_decay > 0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,3 +118,12 @@ class TokenizerRunConfig(RunConfig):
                 f"data.image_size: {self.data.image_size} must be multiples of {factor}, the "
                 "downsampling of model.multipliers"
             )
+
+    def architecture(self) -> dict[str, Any]:
+        """As above; with a discriminator, its size too."""
+        losses = self.losses
+        adversarial = {"losses.adversarial_weight > 0": losses.adversarial_weight > 0}
+        if losses.adversarial_weight:
+            adversarial["losses.discriminator_width"] = losses.discriminator_width
+            adversarial["losses.discriminator_layers"] = losses.discriminator_layers
+        return super().architecture() | adversarial

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any
 
-SOURCES = ("digits", "idx", "folder", "tfds", "codes")
+IMAGE_SOURCES = ("digits", "idx", "folder", "tfds")
+SOURCES = (*IMAGE_SOURCES, "codes")
 FITS = ("crop", "pad")
 SCHEDULES = ("constant", "cosine")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")

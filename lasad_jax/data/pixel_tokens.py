@@ -66,6 +66,27 @@ def tokens_to_images(
     return dequantize(tokens, levels).reshape(len(tokens), rows, columns, 1)
 
 
+class PixelCodec:
+    """Images and their quantised pixels; the tokenizer's counterpart for small grey images.
+
+    Attributes:
+      levels: grey levels of a pixel.
+    """
+
+    def __init__(self, levels: int):
+        self.levels = levels
+
+    def encode(self, images: UInt8[np.ndarray, "N R C 1"]) -> Int32[np.ndarray, "N R*C"]:
+        """As `images_to_tokens`."""
+        return images_to_tokens(images, self.levels)
+
+    def decode(
+        self, tokens: Integer[np.ndarray, "N L"], grid: tuple[int, int]
+    ) -> UInt8[np.ndarray, "N R C 1"]:
+        """As `tokens_to_images`."""
+        return tokens_to_images(tokens, grid, self.levels)
+
+
 def _check_levels(levels: int) -> None:
     if not 2 <= levels <= 256:
         raise ValueError(f"data.levels is {levels}; a byte has 2 to 256 levels")

@@ -1,18 +1,12 @@
 """Checkpoints of the whole training state, written by Orbax in the background."""
 
-import dataclasses
 from pathlib import Path
 
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from lasad_jax.config import Config, config_to_json, load_config
-from lasad_jax.training.state import TrainState
-
-# Fields of the model that may change between two runs of the same parameters.
-_FREE_MODEL_FIELDS = ("dropout", "class_dropout", "remat", "dtype", "implementation")
-
+from lasad_jax.config import RunConfig, config_to_json, load_config
 
 class Checkpoints:
     """The checkpoints/ folder of a run: the newest few and the best by held-out loss."""
@@ -56,7 +50,7 @@ class Checkpoints:
         """Every step there is a checkpoint of."""
         return sorted(self._manager.all_steps())
 
-    def save(self, state: TrainState, step: int, held_out_loss: float | None) -> None:
+    def save(self, state: PyTree, step: int, held_out_loss: float | None) -> None:
         """Starts writing; returns as soon as the state may change."""
         metrics = None if held_out_loss is None else {"held_out_loss": held_out_loss}
         self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
@@ -71,39 +65,30 @@ class Checkpoints:
         self._manager.close()
 
 
-def store_config(config: Config, workdir: Path, *, write: bool = True) -> None:
-    """Writes config.json; on going on, first refuses another architecture.
-
-    Args:
-      config: of this run.
-      workdir: its folder, made if missing.
-      write: False only checks, for all processes but one.
+def check_config(config: RunConfig, workdir: Path) -> None:
+    """Refuses to go on with the run in `workdir`, if there is one, in another architecture.
 
     Raises:
       ValueError: naming every field of the architecture that differs from the stored one.
     """
-    path = Path(workdir) / "config.json"
-    if path.exists():
-        stored = load_config(workdir)
-        differing = [
-            f"model.{field.name}: {getattr(stored.model, field.name)!r} there, "
-            f"{getattr(config.model, field.name)!r} now"
-            for field in dataclasses.fields(config.model)
-            if field.name not in _FREE_MODEL_FIELDS
-            and getattr(stored.model, field.name) != getattr(config.model, field.name)
-        ]
-        if bool(stored.optimizer.ema_decay) != bool(config.optimizer.ema_decay):
-            differing.append(
-                f"optimizer.ema_decay: {stored.optimizer.ema_decay} there, "
-                f"{config.optimizer.ema_decay} now"
-            )
-        if differing:
-            raise ValueError(
-                f"workdir: {workdir} holds a run of another architecture; give another "
-                "directory or these fields their stored values: " + "; ".join(differing)
-            )
-    if not write:
+    if not (Path(workdir) / "config.json").exists():
         return
+    stored = load_config(workdir, type(config)).architecture()
+    differing = [
+        f"{name}: {stored.get(name)!r} there, {value!r} now"
+        for name, value in config.architecture().items()
+        if stored.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"workdir: {workdir} holds a run of another architecture; give another "
+            "directory or these fields their stored values: " + "; ".join(differing)
+        )
+
+
+def store_config(config: RunConfig, workdir: Path) -> None:
+    """Writes config.json, making the folder if it is missing."""
+    path = Path(workdir) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
     temporary.write_text(config_to_json(config))

@@ -70,17 +70,29 @@ def progress_bar(start: int, steps: int, *, visible: bool = True) -> tqdm:
     )
 
 
-def plot_losses(metrics_path: Path, picture_path: Path) -> None:
-    """Draws training and held-out loss against steps."""
+def plot_losses(
+    metrics_path: Path, picture_path: Path, curves: dict[str, str], unit: str
+) -> None:
+    """Draws metrics against steps.
+
+    Args:
+      metrics_path: a metrics.jsonl.
+      picture_path: the PNG to write.
+      curves: metric -> its legend.
+      unit: of the metrics, the label of the y axis.
+    """
     rows = read_metrics(metrics_path)
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, label in (("loss", "training"), ("held_out_nats_per_token", "held out")):
+    for name, legend in curves.items():
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="" if name == "loss" else "o")
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
+            # Few points are measurements to see one by one, many are a line.
+            axes.plot(
+                *zip(*points, strict=True), label=legend, marker="o" if len(points) < 30 else ""
+            )
+    axes.set(xlabel="step", ylabel=unit)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(picture_path, dpi=120)

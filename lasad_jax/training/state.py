@@ -1,5 +1,7 @@
 """What a run carries from step to step, and how it begins."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -8,7 +10,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
-from lasad_jax.config import Config, OptimizerConfig
+from lasad_jax.config import Config, OptimizerConfig, RunConfig
 from lasad_jax.models.generator import init_parameters
 from lasad_jax.training.sharding import tree_shardings
 
@@ -46,7 +48,7 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformation:
+def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
     """Clipping and AdamW; weight decay for matrices only."""
     optimizer = config.optimizer
     return optax.chain(
@@ -69,6 +71,15 @@ def _matrices(params: PyTree) -> PyTree:
     )
 
 
+def update_average(average: PyTree, params: PyTree, step: Int[Array, ""], decay: float) -> PyTree:
+    """The running average after a step, its memory short at first.
+
+    It must forget the random initial values: the decay grows as (1 + step) / (10 + step).
+    """
+    decay = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, average, params)
+
+
 def unbox(tree: PyTree) -> PyTree:
     """The arrays without their axis names. (`nn.unbox` would put constraints on them.)"""
     is_box = lambda x: isinstance(x, nn.Partitioned)
@@ -87,7 +98,17 @@ def _new_state(config: Config, key: jax.Array) -> TrainState:
 
 def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings of the state, nothing allocated."""
-    boxed = jax.eval_shape(lambda: _new_state(config, jax.random.key(config.seed)))
+    return abstract(lambda: _new_state(config, jax.random.key(config.seed)), mesh)
+
+
+def init_state(config: Config, mesh: Mesh) -> TrainState:
+    """The state before the first step, created where it will live."""
+    return create(lambda: _new_state(config, jax.random.key(config.seed)), mesh)
+
+
+def abstract(make_state: Callable[[], PyTree], mesh: Mesh) -> PyTree:
+    """What `make_state` would return, boxes removed: shapes, dtypes and shardings alone."""
+    boxed = jax.eval_shape(make_state)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         unbox(boxed),
@@ -95,8 +116,7 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
     )
 
 
-def init_state(config: Config, mesh: Mesh) -> TrainState:
-    """The state before the first step, created where it will live."""
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    create = jax.jit(lambda key: unbox(_new_state(config, key)), out_shardings=shardings)
-    return create(jax.random.key(config.seed))
+def create(make_state: Callable[[], PyTree], mesh: Mesh) -> PyTree:
+    """What `make_state` returns, boxes removed, created where it will live."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract(make_state, mesh))
+    return jax.jit(lambda: unbox(make_state()), out_shardings=shardings)()

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from lasad_jax.config import Config
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.generator import LASADGen
-from lasad_jax.training.state import TrainState, learning_rate, make_optimizer
+from lasad_jax.training.state import TrainState, learning_rate, make_optimizer, update_average
 
 Batch = dict[str, Array]
 
@@ -62,9 +62,7 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
         if ema is not None:
-            # A short memory at first: the average must forget the random initial values.
-            decay = jnp.minimum(ema_decay, (1.0 + state.step) / (10.0 + state.step))
-            ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
+            ema = update_average(ema, params, state.step, ema_decay)
         metrics = {
             "loss": value,
             "grad_norm": optax.tree.norm(gradient),

@@ -1,0 +1,98 @@
+"""Images as training examples: from memory where they fit, from their files where they do not."""
+
+import math
+
+import numpy as np
+from absl import logging
+from jaxtyping import Integer, UInt8
+
+from lasad_jax.config import AugmentConfig, DataConfig
+from lasad_jax.data.crops import fit_image, random_crop_flip, size_before_crop
+from lasad_jax.data.images import load_images
+from lasad_jax.data.sources import UnreadableImage, open_source
+
+_MEMORY = 8 * 2**30  # bytes
+
+
+class ImageExamples:
+    """The images of a split; an `Examples` of "images", uint8 (b, rows, columns, channels).
+
+    Args:
+      data: the source.
+      split: "train" or "test".
+      channels: 1 or 3.
+      augment: random crops and flips, drawn anew every epoch as a pure function of (seed,
+        epoch, row); None for the images as they are.
+      progress: show a bar while reading.
+
+    Raises:
+      ValueError, FileNotFoundError: a source that is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        data: DataConfig,
+        split: str,
+        *,
+        channels: int,
+        augment: AugmentConfig | None = None,
+        progress: bool = False,
+    ):
+        self._data, self._augment = data, augment
+        self._source = open_source(data, split, channels=channels)
+        self._size = data.image_size
+        if self._size == (0, 0):
+            self._size = self._source[0].image.shape[:2]
+        # Crops are cut from images that are larger by this: no crop enlarges.
+        share = 1.0 if augment is None else augment.min_crop
+        self._read_size = size_before_crop(self._size, share)
+        self._images = None
+        if len(self._source) * math.prod(self._read_size) * channels <= _MEMORY:
+            loaded = load_images(
+                data, split, channels=channels, size=self._read_size, progress=progress
+            )
+            self._images = loaded.images
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows and columns of every image."""
+        return self._size
+
+    def __len__(self) -> int:
+        return len(self._source if self._images is None else self._images)
+
+    def batch(
+        self, rows: Integer[np.ndarray, " b"], epochs: Integer[np.ndarray, " b"] | None, seed: int
+    ) -> dict[str, np.ndarray]:
+        """The images of `rows`; without `epochs` not augmented."""
+        images = [self._image(int(row)) for row in rows]
+        if epochs is not None and self._augment is not None:
+            images = [
+                random_crop_flip(
+                    image,
+                    self._size,
+                    min_crop=self._augment.min_crop,
+                    flip=self._augment.flip,
+                    rng=_generator(seed, int(epoch), int(row)),
+                )
+                for image, row, epoch in zip(images, rows, epochs, strict=True)
+            ]
+        return {"images": np.stack(images)}
+
+    def _image(self, row: int) -> UInt8[np.ndarray, "R C channels"]:
+        if self._images is not None:
+            return self._images[row]
+        for offset in range(len(self)):
+            try:
+                image = self._source[(row + offset) % len(self)].image
+                fit, background = self._data.fit, self._data.background
+                return fit_image(image, self._read_size, fit=fit, background=background)
+            except UnreadableImage as error:
+                logging.warning("%s; its neighbour takes its place", error)
+        raise ValueError(f"data.directory: no image in {self._data.directory} can be read")
+
+
+def _generator(seed: int, epoch: int, row: int) -> np.random.Generator:
+    # The counter is the row: 2^64 streams apart, so that no two rows share numbers.
+    key = np.array([seed, epoch], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, row]))

@@ -1,0 +1,156 @@
+"""From a configuration to tokens and back to images: quantised pixels, or stored codes."""
+
+import functools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Integer, UInt8
+
+from lasad_jax.config import DataConfig
+from lasad_jax.data.codes import CodeExamples, read_manifest
+from lasad_jax.data.images import load_images
+from lasad_jax.data.loader import Examples, TokenExamples
+from lasad_jax.data.pixel_tokens import PixelCodec
+from lasad_jax.interop.tokenizer_files import fingerprint, load_tokenizer
+from lasad_jax.models.codec import TokenizerCodec
+
+# In a folder of codes, and copied from there into the run of a generator trained on them.
+TOKENIZER_FILE = "tokenizer.safetensors"
+_CLASSES_FILE = "classes.json"
+
+
+class Codec(Protocol):
+    """The way from images to tokens and back."""
+
+    def encode(self, images: UInt8[np.ndarray, "N h w C"]) -> Integer[np.ndarray, "N L"]:
+        """The tokens of images, in raster order."""
+
+    def decode(
+        self, tokens: Integer[np.ndarray, "N L"], grid: tuple[int, int]
+    ) -> UInt8[np.ndarray, "N h w C"]:
+        """The images of tokens on a grid (R, C)."""
+
+
+class TokenData(NamedTuple):
+    """Everything that a generator is trained on.
+
+    Attributes:
+      training, held_out: tokens and labels of the images.
+      grid: rows and columns of an image's tokens.
+      vocab_size: number of tokens V.
+      class_names: one for each class.
+      tokenizer: its file and fingerprint, for stored codes.
+      load_codec: reads what decodes the tokens; it may be large.
+    """
+
+    training: Examples
+    held_out: Examples
+    grid: tuple[int, int]
+    vocab_size: int
+    class_names: tuple[str, ...]
+    tokenizer: tuple[Path, str] | None
+    load_codec: Callable[[], Codec]
+
+
+def load_tokens(data: DataConfig) -> TokenData:
+    """Opens the data of a generator's configuration.
+
+    Raises:
+      ValueError, FileNotFoundError: data that is missing, damaged or of another tokenizer.
+    """
+    if data.source == "codes":
+        return _load_codes(data)
+    images = {split: load_images(data, split) for split in ("train", "test")}
+    training, held_out = (
+        TokenExamples(codec.encode(part.images), part.labels)
+        for codec in [PixelCodec(data.levels)]
+        for part in images.values()
+    )
+    return TokenData(
+        training,
+        held_out,
+        grid=images["train"].images.shape[1:3],
+        vocab_size=data.levels,
+        class_names=images["train"].class_names,
+        tokenizer=None,
+        load_codec=functools.partial(PixelCodec, data.levels),
+    )
+
+
+def _load_codes(data: DataConfig) -> TokenData:
+    folder = Path(data.directory)
+    job = read_manifest(folder).job
+    if data.tokenizer not in ("", job.tokenizer):
+        raise ValueError(
+            f"data.directory: the codes in {folder} were made by tokenizer {job.tokenizer}, "
+            f"not by data.tokenizer={data.tokenizer!r}; name other codes or clear the field"
+        )
+    return TokenData(
+        CodeExamples(folder, "train"),
+        CodeExamples(folder, "test"),
+        grid=job.grid,
+        vocab_size=job.vocab_size,
+        class_names=job.class_names,
+        tokenizer=(folder / TOKENIZER_FILE, job.tokenizer),
+        load_codec=functools.partial(_tokenizer_codec, folder, job.tokenizer),
+    )
+
+
+def check_run_tokens(tokens: TokenData, workdir: Path) -> None:
+    """Refuses to go on with a run whose tokens another tokenizer has made.
+
+    Raises:
+      ValueError: naming both fingerprints.
+    """
+    copy = Path(workdir) / TOKENIZER_FILE
+    if tokens.tokenizer is None or not copy.exists():
+        return
+    theirs, ours = fingerprint(*load_tokenizer(copy)), tokens.tokenizer[1]
+    if theirs != ours:
+        raise ValueError(
+            f"data.directory: its codes were made by tokenizer {ours}, but the run in {workdir} "
+            f"was trained on those of {theirs}; give the codes of that one or another workdir"
+        )
+
+
+def store_run_tokens(tokens: TokenData, workdir: Path) -> None:
+    """Puts beside a run's config.json what turns its tokens into labelled pictures."""
+    workdir = Path(workdir)
+    write = lambda path: path.write_text(json.dumps(tokens.class_names) + "\n")
+    _write_whole(workdir / _CLASSES_FILE, write)
+    if tokens.tokenizer is not None and not (workdir / TOKENIZER_FILE).exists():
+        copy = functools.partial(shutil.copyfile, tokens.tokenizer[0])
+        _write_whole(workdir / TOKENIZER_FILE, copy)
+
+
+def load_run_codec(data: DataConfig, workdir: Path) -> Codec:
+    """What decodes the tokens of the run in `workdir`."""
+    if data.source == "codes":
+        return TokenizerCodec(*load_tokenizer(Path(workdir) / TOKENIZER_FILE))
+    return PixelCodec(data.levels)
+
+
+def load_class_names(workdir: Path) -> tuple[str, ...] | None:
+    """The names of a run's classes; None if it has stored none."""
+    path = Path(workdir) / _CLASSES_FILE
+    return tuple(json.loads(path.read_text())) if path.exists() else None
+
+
+def _tokenizer_codec(folder: Path, expected: str) -> TokenizerCodec:
+    config, params = load_tokenizer(folder / TOKENIZER_FILE)
+    if (found := fingerprint(config, params)) != expected:
+        raise ValueError(
+            f"data.directory: {folder / TOKENIZER_FILE} has fingerprint {found}, but the codes "
+            f"beside it were made by {expected}; put back the file they were made with"
+        )
+    return TokenizerCodec(config, params)
+
+
+def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    temporary.replace(path)

@@ -1,0 +1,140 @@
+"""Turns images into stored codes, once, for training a generator on them.
+
+    python -m lasad_jax.tokenize --tokenizer=runs/clipart_tokenizer --out=data/clipart
+    python -m lasad_jax.tokenize --tokenizer=vq_ds16_c2i.pt --source=tfds --name=imagenet2012 \\
+        --image_size=256 --crops=ten --ratios=1.1,1.05 --out=data/imagenet256_codes
+
+The tokenizer is a run of lasad_jax.train_tokenizer, whose images are the default source, or
+a file: LlamaGen's .pt, or a .safetensors. --crops says how many views of each training image
+are stored: its centre, that and its mirror image, or ten crops for each of --ratios; held-out
+images have one. Running the same command again, also on another number of processes, goes on
+where it was stopped.
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from jaxtyping import PyTree
+
+from lasad_jax.command import run
+from lasad_jax.config import DataConfig
+from lasad_jax.config.sections import FITS, IMAGE_SOURCES
+from lasad_jax.data.codes import Job, store_job, write_codes
+from lasad_jax.data.crops import CROPS, view_names, views
+from lasad_jax.data.sources import SPLITS, open_source
+from lasad_jax.data.tokens import TOKENIZER_FILE
+from lasad_jax.interop.tokenizer_files import fingerprint, load_tokenizer, save_tokenizer
+from lasad_jax.models.codec import TokenizerCodec
+from lasad_jax.models.tokenizer_config import TokenizerConfig
+from lasad_jax.training.tokenizer_task import load_trained_tokenizer
+
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer's run directory or file.")
+_OUT = flags.DEFINE_string("out", None, "Folder of the codes; made if missing.")
+_SOURCE = flags.DEFINE_enum("source", None, IMAGE_SOURCES, "Where images come from.")
+_DIRECTORY = flags.DEFINE_string("directory", None, "The source's folder.")
+_NAME = flags.DEFINE_string("name", None, "Data set of tfds.")
+_LABELS = flags.DEFINE_string("labels", None, "CSV of folder.")
+_SIZE = flags.DEFINE_list("image_size", None, "Rows and columns, or one number for both.")
+_FIT = flags.DEFINE_enum("fit", None, FITS, "How images are brought to that size.")
+_BACKGROUND = flags.DEFINE_integer("background", None, "Grey behind transparent pixels.", 0, 255)
+_CROPS = flags.DEFINE_enum("crops", "flip", CROPS, "Views stored of each training image.")
+_RATIOS = flags.DEFINE_list("ratios", ["1.1"], "Sizes, relative, that ten crops are cut from.")
+_BATCH = flags.DEFINE_integer("batch_size", 64, "Views encoded at a time by a process.", 1)
+_SHARD = flags.DEFINE_integer("images_per_shard", 8192, "Images per file.", 1)
+_UNREADABLE = flags.DEFINE_float(
+    "max_unreadable", 0.001, "Share of images that may be unreadable; they are listed.", 0, 1
+)
+
+
+def tokenize(tokenizer: Path, out: Path) -> None:
+    """Writes the codes that the flags ask for."""
+    config, params, data = load_any_tokenizer(tokenizer)
+    data = dataclasses.replace(data, **_data_flags())
+    sources = {split: open_source(data, split, channels=config.channels) for split in SPLITS}
+    size = data.image_size
+    if size == (0, 0):
+        size = sources["train"][0].image.shape[:2]
+    crops = {"train": (_CROPS.value, _ratios()), "test": ("center", ())}
+    job = Job.of_sources(
+        sources,
+        source=dataclasses.asdict(data) | {"image_size": size},
+        tokenizer=fingerprint(config, params),
+        grid=code_grid(config, size),
+        vocab_size=config.codebook_size,
+        views={split: view_names(*crop) for split, crop in crops.items()},
+        images_per_shard=_SHARD.value,
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    store_job(out, job, jax.process_index())
+    if jax.process_index() == 0:
+        save_tokenizer(out / TOKENIZER_FILE, config, params)
+    codec = TokenizerCodec(config, params, batch_size=_BATCH.value)
+    fit = {"size": size, "fit": data.fit, "background": data.background}
+    manifest = write_codes(
+        out,
+        job,
+        sources,
+        {
+            split: functools.partial(views, crops=crop, ratios=ratios, **fit)
+            for split, (crop, ratios) in crops.items()
+        },
+        codec.encode_batch,
+        batch_size=codec.batch_size,
+        max_unreadable=_UNREADABLE.value,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    for split, content in manifest.splits.items() if manifest else ():
+        print(
+            f"{split}: {content.images} images x {content.augmentations} views, "
+            f"{len(content.unreadable)} unreadable"
+        )
+
+
+def load_any_tokenizer(path: Path) -> tuple[TokenizerConfig, PyTree, DataConfig]:
+    """A tokenizer in float32 and the images to take by default, from a run or a file."""
+    if path.is_dir():
+        run_config, params, _ = load_trained_tokenizer(path)
+        model, data = run_config.model, run_config.data
+    else:
+        (model, params), data = load_tokenizer(path), DataConfig(source="folder")
+    return dataclasses.replace(model, dtype="float32"), params, data
+
+
+def _data_flags() -> dict[str, Any]:
+    """The fields of DataConfig that the flags set."""
+    values = {
+        "source": _SOURCE.value,
+        "directory": _DIRECTORY.value,
+        "name": _NAME.value,
+        "labels": _LABELS.value,
+        "image_size": None if _SIZE.value is None else _size(_SIZE.value),
+        "fit": _FIT.value,
+        "background": _BACKGROUND.value,
+    }
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _size(words: list[str]) -> tuple[int, int]:
+    if not 1 <= len(words) <= 2 or not all(word.isdecimal() for word in words):
+        raise ValueError(f"image_size: {','.join(words)!r} must be rows,columns such as 256,384")
+    numbers = [int(word) for word in words]
+    return numbers[0], numbers[-1]
+
+
+def _ratios() -> tuple[float, ...]:
+    if _CROPS.value != "ten":
+        return ()
+    try:
+        return tuple(float(word) for word in _RATIOS.value)
+    except ValueError as error:
+        raise ValueError(f"ratios: {_RATIOS.value} must be numbers such as 1.1,1.05") from error
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["tokenizer", "out"])
+    run(lambda: tokenize(Path(_TOKENIZER.value), Path(_OUT.value)))

@@ -1,0 +1,121 @@
+"""Training a generator on tokens: what the loop asks, answered."""
+
+import functools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from PIL import Image
+
+from lasad_jax.config import Config
+from lasad_jax.data.loader import held_out_batches, train_batches
+from lasad_jax.data.tokens import Codec, TokenData, check_run_tokens, load_tokens, store_run_tokens
+from lasad_jax.sampling.decode import balanced_labels, sample_tokens
+from lasad_jax.sampling.pictures import image_grid
+from lasad_jax.training import sharding
+from lasad_jax.training.state import TrainState, abstract_state, init_state
+from lasad_jax.training.step import make_eval_step, make_train_step
+from lasad_jax.training.task import Batch, Metrics
+
+
+class GeneratorTask:
+    """A `Task`."""
+
+    objective = "held_out_nats_per_token"
+    curves = {"loss": "training", "held_out_nats_per_token": "held out"}  # noqa: RUF012
+    unit = "loss (nats per token)"
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.data = load_tokens(config.data)
+        check_model(config, self.data)
+        self._train_step = jax.jit(make_train_step(config), donate_argnums=0)
+        self._eval_step = jax.jit(make_eval_step(config.model))
+
+    @functools.cached_property
+    def _codec(self) -> Codec:
+        return self.data.load_codec()
+
+    def check(self, workdir: Path) -> None:
+        """Refuses tokens of another tokenizer than the run's."""
+        check_run_tokens(self.data, workdir)
+
+    def store(self, workdir: Path) -> None:
+        """The names of the classes and, for codes, the tokenizer."""
+        store_run_tokens(self.data, workdir)
+
+    def abstract_state(self, mesh: Mesh) -> TrainState:
+        """Shapes, dtypes and shardings of the state."""
+        return abstract_state(self.config, mesh)
+
+    def init_state(self, mesh: Mesh) -> TrainState:
+        """The state before the first step."""
+        return init_state(self.config, mesh)
+
+    def train_step(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
+        """Takes one optimizer step; the old state is donated."""
+        return self._train_step(state, batch)
+
+    def train_batches(self, start_step: int) -> Iterator[Batch]:
+        """This process's part of every batch from `start_step` on."""
+        return train_batches(
+            self.data.training,
+            batch_size=self.config.batch_size,
+            seed=self.config.seed,
+            start_step=start_step,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    def evaluate(self, state: TrainState, mesh: Mesh) -> dict[str, float]:
+        """The loss over all held-out images."""
+        batches = held_out_batches(
+            self.data.held_out,
+            batch_size=self.config.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        params = state.best_params
+        sums = [self._eval_step(params, sharding.put_batch(batch, mesh)) for batch in batches]
+        total, count = np.sum(jax.device_get(sums), axis=0)
+        nats = float(total / count)
+        return {"held_out_nats_per_token": nats, "held_out_bits_per_token": nats / math.log(2)}
+
+    def picture(self, state: TrainState, mesh: Mesh) -> Image.Image:
+        """Samples of every class, or of as many as there are samples."""
+        config = self.config
+        labels = balanced_labels(config.num_samples, config.model.num_classes)
+        tokens = sample_tokens(
+            config.model,
+            state.best_params,
+            labels,
+            sampling=config.sampling,
+            seed=config.seed,
+            mesh=mesh,
+        )
+        images = self._codec.decode(tokens, config.model.grid)
+        return image_grid(images, labels, class_names=self.data.class_names)
+
+
+def check_model(config: Config, data: TokenData) -> None:
+    """Refuses a model that does not fit the tokens."""
+    model = config.model
+    for name, value, wanted in (
+        ("grid", tuple(model.grid), data.grid),
+        ("num_classes", model.num_classes, len(data.class_names)),
+        ("vocab_size", model.vocab_size, data.vocab_size),
+    ):
+        if value != wanted:
+            raise ValueError(
+                f"config.model.{name}: {value} does not fit the tokens of "
+                f"data.source={config.data.source!r}; set it to {wanted}"
+            )
+    if config.batch_size > len(data.training):
+        raise ValueError(
+            f"config.batch_size: {config.batch_size} is more than the {len(data.training)} "
+            "training images; lower it"
+        )

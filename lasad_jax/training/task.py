@@ -1,0 +1,56 @@
+"""What the training loop asks of the thing it trains."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, PyTree
+from PIL import Image
+
+Batch = dict[str, np.ndarray]
+Metrics = dict[str, Array]
+
+
+class Task(Protocol):
+    """A generator or a tokenizer, with its data.
+
+    Creating one reads the data and refuses a configuration that does not fit it.
+
+    Attributes:
+      objective: name of the held-out figure that ranks checkpoints; lower is better.
+      curves: metric -> its legend in the picture of losses.
+      unit: of those curves.
+    """
+
+    objective: str
+    curves: dict[str, str]
+    unit: str
+
+    def check(self, workdir: Path) -> None:
+        """Refuses to go on with a run that was made with other data."""
+
+    def store(self, workdir: Path) -> None:
+        """Puts what later use of the run needs beside its config.json."""
+
+    def abstract_state(self, mesh: Mesh) -> PyTree:
+        """Shapes, dtypes and shardings of the state."""
+
+    def init_state(self, mesh: Mesh) -> PyTree:
+        """The state before the first step."""
+
+    def train_step(self, state: PyTree, batch: PyTree) -> tuple[PyTree, Metrics]:
+        """Takes one optimizer step, jitted; the old state is donated.
+
+        Metrics are scalars; among them "loss", "grad_norm" and "learning_rate".
+        """
+
+    def train_batches(self, start_step: int) -> Iterator[Batch]:
+        """This process's part of every batch from `start_step` on."""
+
+    def evaluate(self, state: PyTree, mesh: Mesh) -> dict[str, float]:
+        """Held-out figures, among them `objective`."""
+
+    def picture(self, state: PyTree, mesh: Mesh) -> Image.Image:
+        """What a person looks at during training."""
