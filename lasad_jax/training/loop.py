@@ -37,10 +37,7 @@ def train(config: Config, workdir: Path) -> None:
     workdir = Path(workdir)
 
     # ---- Data
-    training, held_out = (
-        load_images(config.data.source, split, directory=config.data.directory)
-        for split in ("train", "test")
-    )
+    training, held_out = (load_images(config.data, split) for split in ("train", "test"))
     check_data(config, training)
     train_tokens, held_out_tokens = (
         images_to_tokens(images.images, config.data.levels) for images in (training, held_out)
