@@ -14,13 +14,15 @@ import numpy as np
 from absl import flags
 
 from lasad_jax.command import run
-from lasad_jax.data.images import SOURCES, SPLITS, ImageSet, load_images
+from lasad_jax.config import DataConfig
+from lasad_jax.data.images import ImageSet, load_images
+from lasad_jax.data.sources import SPLITS
 from lasad_jax.evaluation.agreement import accuracy, check_samples, fit_classifier
 
 _SAMPLES = flags.DEFINE_string(
     "samples", None, "Samples: .npz with images arr_0 (uint8 NHWC) and classes arr_1."
 )
-_SOURCE = flags.DEFINE_enum("source", "digits", SOURCES, "The real images.")
+_SOURCE = flags.DEFINE_enum("source", "digits", ("digits", "idx"), "The real images.")
 _DIRECTORY = flags.DEFINE_string("directory", "", "The folder of the IDX files.")
 _SPLIT = flags.DEFINE_enum(
     "split", "train", (*SPLITS, "all"), "The real images to fit the classifier on."
@@ -32,14 +34,15 @@ def report(samples: str, source: str, *, directory: str = "", split: str = "trai
 
     Args:
       samples: path of an .npz with arr_0, uint8 (M, R, C, channels), and arr_1, (M,).
-      source, directory: as `load_images` takes them.
+      source, directory: of the real images, as in `DataConfig`.
       split: what the classifier is fitted on: "train", "test" or "all".
 
     Raises:
       ValueError, FileNotFoundError: samples or real images that are missing or do not fit.
     """
     images, labels = _read_samples(samples)
-    parts = {name: load_images(source, name, directory=directory) for name in SPLITS}
+    data = DataConfig(source=source, directory=directory)
+    parts = {name: load_images(data, name) for name in SPLITS}
     real = _join(*parts.values()) if split == "all" else parts[split]
     check_samples(images, labels, real)
     classifier = fit_classifier(real)
@@ -72,7 +75,7 @@ def _join(a: ImageSet, b: ImageSet) -> ImageSet:
     return ImageSet(
         np.concatenate([a.images, b.images]),
         np.concatenate([a.labels, b.labels]),
-        max(a.num_classes, b.num_classes),
+        max(a.class_names, b.class_names, key=len),
     )
 
 

@@ -43,7 +43,7 @@ def tiny_config(**overrides) -> Config:
 
 
 def tokens_and_labels(config: Config, split: str = "train"):
-    images = load_images("digits", split)
+    images = load_images(config.data, split)
     return images_to_tokens(images.images, config.data.levels), images.labels
 
 

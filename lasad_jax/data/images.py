@@ -1,22 +1,20 @@
-"""Labelled images that fit in memory, from scikit-learn's digits or from IDX files."""
+"""Labelled images of one size, read whole into memory."""
 
-import gzip
-import math
-import struct
-import zlib
-from pathlib import Path
+import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from absl import logging
 from jaxtyping import Int32, UInt8
+from tqdm import tqdm
 
-SOURCES = ("digits", "idx")
-SPLITS = ("train", "test")
+from lasad_jax.config.sections import DataConfig
+from lasad_jax.data.crops import fit_image
+from lasad_jax.data.decode import UnreadableImage
+from lasad_jax.data.sources import ImageSource, open_source
 
-_IDX_HINT = (
-    "Debian's package dataset-fashion-mnist installs such files "
-    "in /usr/share/datasets/fashion-mnist"
-)
+_LISTED = 20
 
 
 class ImageSet(NamedTuple):
@@ -25,105 +23,104 @@ class ImageSet(NamedTuple):
     Attributes:
       images: (N, R, C, channels), 0 to 255.
       labels: (N,), from 0 to num_classes - 1.
-      num_classes: one more than the largest label of the split.
+      class_names: one for each class.
     """
 
     images: UInt8[np.ndarray, "N R C channels"]
     labels: Int32[np.ndarray, " N"]
-    num_classes: int
+    class_names: tuple[str, ...]
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, whether or not each has an image here."""
+        return len(self.class_names)
 
 
-def load_images(source: str, split: str, *, directory: str = "") -> ImageSet:
-    """Reads one split of a source whole.
+def load_images(
+    data: DataConfig,
+    split: str,
+    *,
+    channels: int = 1,
+    size: tuple[int, int] | None = None,
+    progress: bool = False,
+    max_unreadable: float = 0.001,
+) -> ImageSet:
+    """Reads one split of a source whole, on a pool of threads.
 
     Args:
-      source: "digits", the 1,797 handwritten 8x8 digits inside scikit-learn, or "idx",
-        the four files in which MNIST and Fashion-MNIST come, gzipped or not.
-      split: "train" or "test". The digits have no split of their own: every fifth image
-        of each class is "test".
-      directory: the folder of the IDX files; the digits need none.
+      data: the section of a run's configuration.
+      split: "train" or "test".
+      channels: 1 for grey or 3 for colour.
+      size: (rows, columns) that images are brought to with `data.fit`; by default
+        `data.image_size`. (0, 0) leaves them as they are.
+      progress: show a progress bar.
+      max_unreadable: share of the images that may be unreadable; these are left out, with
+        a warning that lists them.
 
     Raises:
-      ValueError: an unknown source or split, or a file that is no whole IDX file.
-      FileNotFoundError: no such folder, or a file missing from it.
+      ValueError: more unreadable images, or images of different sizes; and what
+        `open_source` refuses.
+      FileNotFoundError: a missing directory or file.
     """
-    if split not in SPLITS:
-        raise ValueError(f"data.split is {split!r}; choose one of {', '.join(SPLITS)}")
-    if source == "digits":
-        return _load_digits(split)
-    if source == "idx":
-        return _load_idx(split, directory)
-    raise ValueError(f"data.source is {source!r}; choose one of {', '.join(SOURCES)}")
+    source = open_source(data, split, channels=channels)
+    size = tuple(data.image_size if size is None else size)
 
+    def read(index: int) -> tuple[np.ndarray, int] | UnreadableImage:
+        try:
+            image, label = source[index]
+        except UnreadableImage as error:
+            return error
+        return fit_image(image, size, fit=data.fit, background=data.background), label
 
-def _load_digits(split: str) -> ImageSet:
-    # Imported here: it takes a second, and only this source needs it.
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    labels = bunch.target.astype(np.int32)
-    images = np.rint(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
-    is_test = np.zeros(labels.shape, bool)
-    for label in range(10):
-        is_test[np.flatnonzero(labels == label)[4::5]] = True
-    chosen = is_test if split == "test" else ~is_test
-    return ImageSet(images[chosen], labels[chosen], 10)
-
-
-def _load_idx(split: str, directory: str) -> ImageSet:
-    if not directory:
-        raise FileNotFoundError(
-            f'data.directory is empty, but data.source="idx" reads files; {_IDX_HINT}'
-        )
-    folder = Path(directory)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"data.directory is {directory!r}, which is no folder; {_IDX_HINT}")
-    prefix = "train" if split == "train" else "t10k"
-    image_path = _find_idx(folder, prefix, "images", 3)
-    label_path = _find_idx(folder, prefix, "labels", 1)
-    images = _read_idx(image_path, 3)[..., None]
-    labels = _read_idx(label_path, 1).astype(np.int32)
-    if len(images) != len(labels):
-        raise ValueError(
-            f"data.directory is {directory!r}: {image_path.name} holds {len(images)} images but "
-            f"{label_path.name} {len(labels)} labels; take both from the same release"
-        )
-    if len(images) == 0:
-        raise ValueError(f"data.directory is {directory!r}: {image_path.name} holds no images")
-    return ImageSet(images, labels, int(labels.max()) + 1)
-
-
-def _find_idx(folder: Path, prefix: str, kind: str, ndim: int) -> Path:
-    names = [f"{prefix}-{kind}{mark}idx{ndim}-ubyte{end}" for mark in "-." for end in ("", ".gz")]
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise FileNotFoundError(
-        f"data.directory is {str(folder)!r}, which holds none of {', '.join(names)}; {_IDX_HINT}"
-    )
-
-
-def _read_idx(path: Path, ndim: int) -> UInt8[np.ndarray, "..."]:
-    """An IDX file of bytes: a magic number, `ndim` sizes (big-endian 32 bit), the bytes."""
+    images = labels = None
+    kept, unreadable = 0, []
+    pool = ThreadPoolExecutor(min(32, os.cpu_count() or 1))
     try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        results = pool.map(read, range(len(source)))
+        for index, result in enumerate(
+            tqdm(results, desc=split, total=len(source), unit="image", disable=not progress)
+        ):
+            if isinstance(result, UnreadableImage):
+                unreadable.append(result)
+                continue
+            image, label = result
+            if images is None:
+                images = np.empty((len(source), *image.shape), np.uint8)
+                labels = np.empty(len(source), np.int32)
+            if image.shape != images.shape[1:]:
+                raise ValueError(
+                    f"data.image_size is (0, 0), but {source.name(index)} is {_size(image)} and "
+                    f"an image before it {_size(images[0])}; set data.image_size, which all are "
+                    "brought to"
+                )
+            images[kept], labels[kept] = image, label
+            kept += 1
+    finally:
+        pool.shutdown(cancel_futures=True)
+    _report(data, source, unreadable, max_unreadable)
+    if images is None:
+        raise ValueError(f"data.source={data.source!r} has no readable images in split {split!r}")
+    return ImageSet(images[:kept], labels[:kept], source.class_names)
+
+
+def _report(
+    data: DataConfig, source: ImageSource, unreadable: list[UnreadableImage], share: float
+) -> None:
+    if not unreadable:
+        return
+    listed = [f"  {error}" for error in unreadable[:_LISTED]]
+    if len(unreadable) > _LISTED:
+        listed.append(f"  and {len(unreadable) - _LISTED} more")
+    where = f"data.source={data.source!r}"
+    text = f"{where}: {len(unreadable)} of {len(source)} images are unreadable"
+    if len(unreadable) > int(share * len(source)):
         raise ValueError(
-            f"data.directory holds {str(path)!r}, which does not unpack ({error}); fetch it again"
-        ) from error
-    magic = 0x0800 + ndim  # 08: unsigned bytes
-    if content[:4] != struct.pack(">I", magic):
-        raise ValueError(
-            f"data.directory holds {str(path)!r}, which begins with {content[:4].hex()!r} and not "
-            f"{magic:08x}, the mark of {ndim}-dimensional bytes in IDX form; fetch it again"
+            "\n".join(
+                [f"{text}, more than the share of {share:g}; remove or replace them", *listed]
+            )
         )
-    start = 4 + 4 * ndim
-    shape = struct.unpack(f">{ndim}I", content[4:start]) if len(content) >= start else (0,)
-    if len(content) != start + math.prod(shape):
-        raise ValueError(
-            f"data.directory holds {str(path)!r} with {len(content)} bytes where its header "
-            f"announces {start + math.prod(shape)}: truncated or not IDX; fetch it again"
-        )
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+    logging.warning("%s", "\n".join([f"{text} and left out", *listed]))
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[0]} x {image.shape[1]}"
