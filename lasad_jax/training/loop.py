@@ -11,7 +11,7 @@ from flax import linen as nn
 
 from lasad_jax.config import Config
 from lasad_jax.data.images import ImageSet, load_images
-from lasad_jax.data.loader import held_out_batches, train_batches
+from lasad_jax.data.loader import TokenExamples, held_out_batches, train_batches
 from lasad_jax.data.pixel_tokens import images_to_tokens, tokens_to_images
 from lasad_jax.sampling.decode import balanced_labels, sample_tokens
 from lasad_jax.sampling.pictures import image_grid, write_png
@@ -68,8 +68,7 @@ def train(config: Config, workdir: Path) -> None:
 
         def held_out_loss(params) -> float:
             batches = held_out_batches(
-                held_out_tokens,
-                held_out.labels,
+                TokenExamples(held_out_tokens, held_out.labels),
                 batch_size=config.batch_size,
                 process_index=jax.process_index(),
                 process_count=jax.process_count(),
@@ -88,8 +87,7 @@ def train(config: Config, workdir: Path) -> None:
 
         # ---- Loop
         batches = train_batches(
-            train_tokens,
-            training.labels,
+            TokenExamples(train_tokens, training.labels),
             batch_size=config.batch_size,
             seed=config.seed,
             start_step=start,
