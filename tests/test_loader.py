@@ -7,13 +7,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lasad_jax.data import held_out_batches, train_batches
+from lasad_jax.data import TokenExamples, held_out_batches, train_batches
 
 
-def examples(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows that tell which example they are: the first token is its index."""
+def arrays(size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens that tell which example they are of: the first one is its index."""
     tokens = np.arange(size * 3, dtype=np.int32).reshape(size, 3) // 3
     return tokens, np.arange(size, dtype=np.int32) % 7
+
+
+def examples(size: int) -> TokenExamples:
+    return TokenExamples(*arrays(size))
 
 
 def take(count: int, *args, **kwargs) -> list[dict[str, np.ndarray]]:
@@ -41,16 +45,16 @@ seeds = st.integers(0, 2**64 - 1)
 @given(sizes, batch_sizes, seeds, st.integers(0, 6))
 def test_a_run_goes_on_from_any_step(size, batch_size, seed, start):
     kwargs = {"batch_size": batch_size, "seed": seed}
-    whole = take(start + 3, *examples(size), **kwargs)
-    assert_same(take(3, *examples(size), start_step=start, **kwargs), whole[start:])
+    whole = take(start + 3, examples(size), **kwargs)
+    assert_same(take(3, examples(size), start_step=start, **kwargs), whole[start:])
 
 
 @settings(max_examples=20, deadline=None)
 @given(sizes, batch_sizes, seeds, st.sampled_from([1, 2, 4]))
 def test_processes_share_the_same_batch(size, batch_size, seed, count):
     kwargs = {"batch_size": batch_size, "seed": seed, "process_count": count}
-    parts = [take(4, *examples(size), process_index=i, **kwargs) for i in range(count)]
-    whole = take(4, *examples(size), batch_size=batch_size, seed=seed)
+    parts = [take(4, examples(size), process_index=i, **kwargs) for i in range(count)]
+    whole = take(4, examples(size), batch_size=batch_size, seed=seed)
     for step, batch in enumerate(whole):
         for key, value in batch.items():
             shares = [part[step][key] for part in parts]
@@ -62,7 +66,7 @@ def test_processes_share_the_same_batch(size, batch_size, seed, count):
 @given(sizes, batch_sizes, seeds)
 def test_an_epoch_holds_every_example_once(size, batch_size, seed):
     steps = -(-3 * size // batch_size)
-    batches = take(steps, *examples(size), batch_size=batch_size, seed=seed)
+    batches = take(steps, examples(size), batch_size=batch_size, seed=seed)
     rows = joined(batches, "tokens")[:, 0]
     np.testing.assert_array_equal(joined(batches, "labels"), rows % 7)
     for epoch in range(3):
@@ -72,7 +76,7 @@ def test_an_epoch_holds_every_example_once(size, batch_size, seed):
 
 def test_epochs_and_seeds_are_shuffled_differently():
     orders = [
-        tuple(joined(take(8, *examples(64), batch_size=8, seed=seed, start_step=s), "tokens")[:, 0])
+        tuple(joined(take(8, examples(64), batch_size=8, seed=seed, start_step=s), "tokens")[:, 0])
         for seed in (0, 1)
         for s in (0, 8, 16)
     ]
@@ -81,8 +85,9 @@ def test_epochs_and_seeds_are_shuffled_differently():
 
 
 def test_batches_are_independent_int32_arrays():
-    tokens, labels = examples(10)
-    first, second = take(2, tokens.astype(np.uint16), labels, batch_size=8, seed=0)
+    tokens, labels = arrays(10)
+    narrow = TokenExamples(tokens.astype(np.uint16), labels)
+    first, second = take(2, narrow, batch_size=8, seed=0)
     for batch in (first, second):
         assert batch["tokens"].shape == (8, 3) and batch["tokens"].dtype == np.int32
         assert batch["labels"].shape == (8,) and batch["labels"].dtype == np.int32
@@ -94,11 +99,11 @@ def test_batches_are_independent_int32_arrays():
 
 @given(sizes, batch_sizes, st.sampled_from([1, 2, 4]))
 def test_held_out_examples_come_once_in_order(size, batch_size, count):
-    tokens, labels = examples(size)
+    tokens, labels = arrays(size)
     parts = [
         list(
             held_out_batches(
-                tokens, labels, batch_size=batch_size, process_index=i, process_count=count
+                examples(size), batch_size=batch_size, process_index=i, process_count=count
             )
         )
         for i in range(count)
@@ -122,18 +127,34 @@ def test_held_out_examples_come_once_in_order(size, batch_size, count):
         ({"batch_size": 6, "process_count": 4}, "batch_size is 6.*number of processes, 4"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"process_index": 2, "process_count": 2}, "process_index is 2 of process_count 2"),
-        ({"labels": np.zeros(9, np.int32)}, r"\(10, 3\) and \(9,\)"),
-        ({"tokens": np.zeros((0, 3), np.int32), "labels": np.zeros(0, np.int32)}, "N > 0"),
         ({"seed": -1}, "seed is -1"),
         ({"start_step": -1}, "start_step is -1"),
+        ({"num_threads": 0}, "num_threads is 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change, message):
-    tokens, labels = examples(10)
-    kwargs = {"tokens": tokens, "labels": labels, "batch_size": 4} | change
+    kwargs = {"examples": examples(10), "batch_size": 4} | change
     # At the call, not when the first batch is asked for.
     with pytest.raises(ValueError, match=message):
         train_batches(**{"seed": 0} | kwargs)
-    if not {"seed", "start_step"} & change.keys():
+    if not {"seed", "start_step", "num_threads"} & change.keys():
         with pytest.raises(ValueError, match=message):
             held_out_batches(**kwargs)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "labels", "message"),
+    [
+        ((10, 3), (9,), r"\(10, 3\) and \(9,\)"),
+        ((10,), (10,), r"\(10,\) and \(10,\)"),
+        ((0, 3), (0,), "N > 0"),
+    ],
+)
+def test_tokens_and_labels_that_do_not_fit_are_refused(tokens, labels, message):
+    with pytest.raises(ValueError, match=message):
+        TokenExamples(np.zeros(tokens, np.int32), np.zeros(labels, np.int32))
+
+
+def test_several_threads_give_the_same_batches():
+    kwargs = {"batch_size": 8, "seed": 3}
+    assert_same(take(9, examples(21), num_threads=3, **kwargs), take(9, examples(21), **kwargs))

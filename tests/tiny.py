@@ -9,7 +9,7 @@ import ml_collections
 from flax import linen as nn
 
 from lasad_jax.config import Config, build_config, default_config
-from lasad_jax.data import images_to_tokens, load_images, train_batches
+from lasad_jax.data import TokenExamples, images_to_tokens, load_images, train_batches
 from lasad_jax.training import sharding
 from lasad_jax.training.state import init_state
 from lasad_jax.training.step import make_train_step
@@ -50,7 +50,7 @@ def tokens_and_labels(config: Config, split: str = "train"):
 def train_steps(config: Config, mesh, steps: int, see=lambda state: None):
     """The state after some steps, and the loss of each; `see` is shown every state."""
     batches = train_batches(
-        *tokens_and_labels(config), batch_size=config.batch_size, seed=config.seed
+        TokenExamples(*tokens_and_labels(config)), batch_size=config.batch_size, seed=config.seed
     )
     losses = []
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):

@@ -9,6 +9,7 @@ from jaxtyping import Integer, UInt8
 from lasad_jax.config import AugmentConfig, DataConfig
 from lasad_jax.data.crops import fit_image, random_crop_flip, size_before_crop
 from lasad_jax.data.images import load_images
+from lasad_jax.data.loader import Batch
 from lasad_jax.data.sources import UnreadableImage, open_source
 
 _MEMORY = 8 * 2**30  # bytes
@@ -38,7 +39,7 @@ class ImageExamples:
         augment: AugmentConfig | None = None,
         progress: bool = False,
     ):
-        self._data, self._augment = data, augment
+        self._data, self._augment, self._channels = data, augment, channels
         self._source = open_source(data, split, channels=channels)
         self._size = data.image_size
         if self._size == (0, 0):
@@ -62,9 +63,12 @@ class ImageExamples:
         return len(self._source if self._images is None else self._images)
 
     def batch(
-        self, rows: Integer[np.ndarray, " b"], epochs: Integer[np.ndarray, " b"] | None, seed: int
-    ) -> dict[str, np.ndarray]:
-        """The images of `rows`; without `epochs` not augmented."""
+        self,
+        rows: Integer[np.ndarray, " b"],
+        epochs: Integer[np.ndarray, " b"] | None = None,
+        seed: int = 0,
+    ) -> Batch:
+        """See `Examples`; without `epochs` not augmented."""
         images = [self._image(int(row)) for row in rows]
         if epochs is not None and self._augment is not None:
             images = [
@@ -77,7 +81,9 @@ class ImageExamples:
                 )
                 for image, row, epoch in zip(images, rows, epochs, strict=True)
             ]
-        return {"images": np.stack(images)}
+        # Stacking nothing needs a shape: a process may have no row of the last batch.
+        channels = (*self._size, self._channels)
+        return {"images": np.stack(images) if images else np.zeros((0, *channels), np.uint8)}
 
     def _image(self, row: int) -> UInt8[np.ndarray, "R C channels"]:
         if self._images is not None:

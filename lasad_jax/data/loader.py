@@ -8,6 +8,7 @@ run goes on from a single stored number, the step, on any number of processes.
 import functools
 import sys
 from collections.abc import Iterator
+from typing import Protocol
 
 import grain
 import numpy as np
@@ -16,41 +17,100 @@ from jaxtyping import Integer
 Batch = dict[str, np.ndarray]
 
 
+class Examples(Protocol):
+    """What a model is trained on, image by image; each may look different in every epoch."""
+
+    def __len__(self) -> int:
+        """N, the number of images."""
+        ...
+
+    def batch(
+        self,
+        rows: Integer[np.ndarray, " b"],
+        epochs: Integer[np.ndarray, " b"] | None = None,
+        seed: int = 0,
+    ) -> Batch:
+        """Some images, from any thread.
+
+        Args:
+          rows: which, from 0 to N - 1.
+          epochs: of each row, for images that look different in each; None for how they look
+            when held out, the same always.
+          seed: of that difference, from 0 to 2^64 - 1.
+
+        Returns:
+          New arrays with b rows that are a pure function of the arguments: "tokens" (b, L)
+          and "labels" (b,), both int32, or "images" (b, R, C, channels), uint8.
+        """
+        ...
+
+
+class TokenExamples:
+    """Tokens in memory or memory-mapped, the same in every epoch."""
+
+    def __init__(self, tokens: Integer[np.ndarray, "N L"], labels: Integer[np.ndarray, " N"]):
+        """Raises a ValueError for shapes that do not fit, or no images."""
+        if tokens.ndim != 2 or labels.shape != tokens.shape[:1] or len(tokens) == 0:
+            raise ValueError(
+                "tokens and labels must have shapes (N, L) and (N,) with N > 0, "
+                f"got {tokens.shape} and {labels.shape}"
+            )
+        self._tokens, self._labels = tokens, labels
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def batch(
+        self,
+        rows: Integer[np.ndarray, " b"],
+        epochs: Integer[np.ndarray, " b"] | None = None,
+        seed: int = 0,
+    ) -> Batch:
+        """See `Examples`; epochs and seed make no difference."""
+        del epochs, seed
+        return {
+            "tokens": np.asarray(self._tokens[rows], np.int32),
+            "labels": np.asarray(self._labels[rows], np.int32),
+        }
+
+
 def train_batches(
-    tokens: Integer[np.ndarray, "N L"],
-    labels: Integer[np.ndarray, " N"],
+    examples: Examples,
     *,
     batch_size: int,
     seed: int,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
+    num_threads: int = 1,
 ) -> Iterator[Batch]:
-    """Endless shuffled batches, made ahead of time on a thread.
+    """Endless shuffled batches, made ahead of time on threads.
 
     Each epoch has its own order and holds every example once; where N is no multiple of
     `batch_size`, batches run across the border between epochs.
 
     Args:
-      tokens, labels: all examples, in memory or memory-mapped.
       batch_size: of the global batch, all processes together.
-      seed: from 0 to 2^64 - 1.
+      seed: of the order and of `examples`, from 0 to 2^64 - 1.
       start_step: where to begin: the first batch is the one of this step.
       process_index, process_count: which part of each batch is this process's.
+      num_threads: that make batches. More than one helps only where reading waits for the
+        disk or the network: they contend for the interpreter.
 
     Returns:
-      An iterator over "tokens" (batch_size / process_count, L) and "labels"
-      (batch_size / process_count,), both int32.
+      An iterator over what `examples` give, in batch_size / process_count rows.
 
     Raises:
       ValueError: sizes that do not fit together.
     """
-    local = _local_rows(tokens, labels, batch_size, process_index, process_count)
+    local = _local_rows(batch_size, process_index, process_count)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}; choose one from 0 to 2^64 - 1")
     if start_step < 0:
         raise ValueError(f"start_step is {start_step}; steps count from 0")
-    size = len(tokens)
+    if num_threads < 1:
+        raise ValueError(f"num_threads is {num_threads}; it must be at least 1")
+    size = len(examples)
 
     # Philox is a counter-based generator whose stream NumPy promises never to change, unlike
     # that of Generator.permutation; (seed, epoch) is its whole key. Two epochs are kept, as
@@ -63,21 +123,15 @@ def train_batches(
     def make_batch(step: int) -> Batch:
         epochs, places = np.divmod(step * batch_size + local, size)
         rows = np.concatenate([order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
-        return _take(tokens, labels, rows)
+        return examples.batch(rows, epochs, seed)
 
     steps = grain.MapDataset.range(start_step, sys.maxsize)
-    # One thread: a second would only contend with it for the interpreter.
-    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
     return iter(steps.map(make_batch).to_iter_dataset(ahead))
 
 
 def held_out_batches(
-    tokens: Integer[np.ndarray, "N L"],
-    labels: Integer[np.ndarray, " N"],
-    *,
-    batch_size: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    examples: Examples, *, batch_size: int, process_index: int = 0, process_count: int = 1
 ) -> Iterator[Batch]:
     """One pass in order, every batch of full size.
 
@@ -88,37 +142,23 @@ def held_out_batches(
     Raises:
       ValueError: sizes that do not fit together.
     """
-    local = _local_rows(tokens, labels, batch_size, process_index, process_count)
+    local = _local_rows(batch_size, process_index, process_count)
 
     def make_batch(start: int) -> Batch:
         rows = start + local
-        batch = _take(tokens, labels, rows[rows < len(tokens)])
-        fill = len(local) - len(batch["labels"])
-        batch["mask"] = np.ones(len(batch["labels"]), np.float32)
+        rows = rows[rows < len(examples)]
+        batch = examples.batch(rows) | {"mask": np.ones(len(rows), np.float32)}
+        fill = len(local) - len(rows)
         return {
             name: np.pad(value, [(0, fill)] + [(0, 0)] * (value.ndim - 1))
             for name, value in batch.items()
         }
 
-    return map(make_batch, range(0, len(tokens), batch_size))
+    return map(make_batch, range(0, len(examples), batch_size))
 
 
-def _take(tokens: np.ndarray, labels: np.ndarray, rows: np.ndarray) -> Batch:
-    return {
-        "tokens": np.asarray(tokens[rows], np.int32),
-        "labels": np.asarray(labels[rows], np.int32),
-    }
-
-
-def _local_rows(
-    tokens: np.ndarray, labels: np.ndarray, batch_size: int, process_index: int, process_count: int
-) -> np.ndarray:
+def _local_rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
     """The rows of a global batch that belong to this process, after checking the sizes."""
-    if tokens.ndim != 2 or labels.shape != tokens.shape[:1] or len(tokens) == 0:
-        raise ValueError(
-            "tokens and labels must have shapes (N, L) and (N,) with N > 0, "
-            f"got {tokens.shape} and {labels.shape}"
-        )
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index is {process_index} of process_count {process_count}")
     if batch_size < 1 or batch_size % process_count:

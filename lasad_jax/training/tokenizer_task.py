@@ -123,7 +123,7 @@ class TokenizerTask:
         """Held-out images, each beside its reconstruction."""
         count = min(self.config.num_samples, len(self._held_out))
         rows = np.linspace(0, len(self._held_out) - 1, count).astype(np.int64)
-        images = self._held_out.batch(rows, None, 0)["images"]
+        images = self._held_out.batch(rows)["images"]
         params = jax.device_get(state.best_params)
         codec = TokenizerCodec(self.config.model, params)
         grid = tuple(side // codec.downsampling for side in self._held_out.size)
