@@ -24,7 +24,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(source="idx", directory="/usr/share/datasets/fashion-mnist")
     config.data.update(image_size=(32, 32), fit="pad", background=0)
     config.model.update(
-        channels=1, width=64, multipliers=(1, 2, 4), codebook_size=512, latent_channels=128,
+        channels=1,
+        width=64,
+        multipliers=(1, 2, 4),
+        codebook_size=512,
+        latent_channels=128,
         dtype="bfloat16",
     )
     config.augment.min_crop = 1.0

@@ -1,8 +1,8 @@
 """Draws images from a run: python -m lasad_jax.sample --workdir=DIR
 
 Writes a labelled PNG grid and an .npz (arr_0: uint8 NHWC images, arr_1: labels; the ADM
-convention). --classes=3,1,4 chooses classes, by number or name; --complete=FILE.npz --rows=14 keeps the first
-rows of tokens of the images in arr_0 and draws the rest.
+convention). --classes=3,1,4 chooses classes, by number or name; --complete=FILE.npz --rows=14
+keeps the first rows of tokens of the images in arr_0 and draws the rest.
 """
 
 import dataclasses

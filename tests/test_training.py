@@ -14,7 +14,7 @@ from tiny import one_device_mesh, tiny_config, tokens_and_labels, train_steps
 
 from lasad_jax.config import OptimizerConfig, load_config
 from lasad_jax.models import LASADGen
-from lasad_jax.training import loop
+from lasad_jax.training import generator_task, loop
 from lasad_jax.training.checkpoints import Checkpoints
 from lasad_jax.training.metrics import read_metrics
 from lasad_jax.training.state import (
@@ -169,7 +169,9 @@ def test_held_out_loss_is_the_mean_over_all_images(run):
         log_softmax(np.asarray(logits, np.float64), -1), tokens[..., None], -1
     )
     rows = {
-        row["step"]: row for row in read_metrics(workdir / "metrics.jsonl") if "loss" not in row
+        row["step"]: row
+        for row in read_metrics(workdir / "metrics.jsonl")
+        if "held_out_nats_per_token" in row
     }
     assert list(rows) == [3, 6, 8]
     np.testing.assert_allclose(rows[8]["held_out_nats_per_token"], losses.mean(), rtol=1e-5)
@@ -187,8 +189,7 @@ def test_a_run_leaves_numbers_and_pictures(run):
     assert load_config(workdir) == config
     rows = read_metrics(workdir / "metrics.jsonl")
     assert len(rows) == len((workdir / "metrics.jsonl").read_text().splitlines())
-    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 9))
-    assert [row["step"] for row in rows] == sorted(row["step"] for row in rows)
+    assert [row["step"] for row in rows] == list(range(1, 9))
     assert {"loss", "grad_norm", "learning_rate", "images_per_second", "step"} == rows[0].keys()
     assert all(math.isfinite(value) for row in rows for value in row.values())
     (events,) = workdir.glob("events.out.tfevents.*")
@@ -221,7 +222,7 @@ def test_the_first_step_that_is_not_finite_is_named(bad, value):
 
 def test_a_run_that_is_not_finite_stops_and_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     config = tiny_config(log_every=8)
-    make = loop.make_train_step
+    make = generator_task.make_train_step
 
     def make_poisoned(config):
         step = make(config)
@@ -233,7 +234,7 @@ def test_a_run_that_is_not_finite_stops_and_goes_on_from_its_checkpoint(tmp_path
         return poisoned
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_train_step", make_poisoned)
+        patch.setattr(generator_task, "make_train_step", make_poisoned)
         with pytest.raises(FloatingPointError, match=r"step 6: loss nan"):
             loop.train(config, tmp_path)
     assert Checkpoints(tmp_path, read_only=True).steps() == [4]

@@ -8,6 +8,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from lasad_jax.config import RunConfig, config_to_json, load_config
 
+
 class Checkpoints:
     """The checkpoints/ folder of a run: the newest few and the best by held-out loss."""
 

@@ -70,9 +70,7 @@ def progress_bar(start: int, steps: int, *, visible: bool = True) -> tqdm:
     )
 
 
-def plot_losses(
-    metrics_path: Path, picture_path: Path, curves: dict[str, str], unit: str
-) -> None:
+def plot_losses(metrics_path: Path, picture_path: Path, curves: dict[str, str], unit: str) -> None:
     """Draws metrics against steps.
 
     Args:

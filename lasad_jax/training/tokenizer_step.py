@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int, PyTree, UInt8
+from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.config import LossConfig, TokenizerRunConfig
 from lasad_jax.evaluation.reconstruction import count_codes, psnr, ssim
@@ -204,9 +204,7 @@ def make_tokenizer_eval_step(
         out = model.apply({"params": params}, images)
         seen = floats_to_bytes(out.images)
         return {
-            "reconstruction": jnp.sum(
-                distance(loss_config, vgg, out.images, images) * mask
-            ),
+            "reconstruction": jnp.sum(distance(loss_config, vgg, out.images, images) * mask),
             "psnr": jnp.sum(psnr(seen, batch["images"]) * mask),
             "ssim": jnp.sum(ssim(seen, batch["images"]) * mask),
             "images": jnp.sum(mask),
