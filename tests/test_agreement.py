@@ -9,13 +9,14 @@ from absl.testing import flagsaver
 from sklearn.svm import SVC
 
 from lasad_jax import evaluate
+from lasad_jax.config import DataConfig
 from lasad_jax.data import load_images
 from lasad_jax.evaluation.agreement import class_agreement
 
 
 @pytest.fixture(scope="module")
 def digits():
-    return load_images("digits", "train"), load_images("digits", "test")
+    return load_images(DataConfig(), "train"), load_images(DataConfig(), "test")
 
 
 def test_real_digits_agree_as_scikit_learn_says(digits):

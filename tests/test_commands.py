@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lasad_jax.config import build_config
+from lasad_jax.config import DataConfig, build_config
 from lasad_jax.data.images import load_images
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +53,7 @@ def test_sample_complete_and_evaluate(workdir):
     np.testing.assert_array_equal(np.bincount(labels), np.full(10, 2))
     assert Image.open(workdir / "a.png").size[1] > 10 * 48
 
-    real = load_images("digits", "test").images[:5]
+    real = load_images(DataConfig(), "test").images[:5]
     np.savez(workdir / "real.npz", arr_0=real, arr_1=np.full(5, 3))
     run(
         f"lasad_jax.sample --workdir={workdir} --complete={workdir}/real.npz --rows=5 "

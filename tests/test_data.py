@@ -9,10 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 
+from lasad_jax.config import DataConfig
 from lasad_jax.data import (
     dequantize,
     images_to_tokens,
     load_images,
+    open_source,
     quantize,
     tokens_to_images,
 )
@@ -22,7 +24,7 @@ from lasad_jax.data import (
 
 def test_digits_are_all_there_and_stratified():
     bunch = load_digits()
-    train, test = load_images("digits", "train"), load_images("digits", "test")
+    train, test = load_images(DataConfig(), "train"), load_images(DataConfig(), "test")
     assert train.images.dtype == test.images.dtype == np.uint8
     assert train.labels.dtype == test.labels.dtype == np.int32
     assert train.images.shape[1:] == test.images.shape[1:] == (8, 8, 1)
@@ -39,11 +41,15 @@ def test_digits_are_all_there_and_stratified():
 
 
 def test_digits_split_is_fixed():
-    first, second = load_images("digits", "test"), load_images("digits", "test")
+    first, second = load_images(DataConfig(), "test"), load_images(DataConfig(), "test")
     np.testing.assert_array_equal(first.images, second.images)
 
 
 # IDX files
+
+
+def idx_config(directory, **fields) -> DataConfig:
+    return DataConfig(source="idx", directory=str(directory), **fields)
 
 
 def idx(array: np.ndarray) -> bytes:
@@ -64,7 +70,7 @@ def test_idx_files_are_read(tmp_path, sample, mark, zipped, split, prefix):
     for name, array in zip(("images{}idx3", "labels{}idx1"), sample, strict=True):
         path = tmp_path / f"{prefix}-{name.format(mark)}-ubyte{'.gz' if zipped else ''}"
         path.write_bytes(gzip.compress(idx(array)) if zipped else idx(array))
-    got = load_images("idx", split, directory=str(tmp_path))
+    got = load_images(idx_config(tmp_path), split)
     assert got.images.shape == (7, 3, 5, 1) and got.images.dtype == np.uint8
     assert got.labels.dtype == np.int32 and got.num_classes == 4
     np.testing.assert_array_equal(got.images[..., 0], sample[0])
@@ -92,40 +98,54 @@ def write_pair(folder, images: bytes, labels: bytes, end: str = ""):
 def test_spoiled_idx_files_are_refused(tmp_path, sample, spoil, message):
     write_pair(tmp_path, spoil(idx(sample[0])), idx(sample[1]))
     with pytest.raises(ValueError, match=rf"data\.directory(?s:.*){message}"):
-        load_images("idx", "train", directory=str(tmp_path))
+        load_images(idx_config(tmp_path), "train")
 
 
 @pytest.mark.parametrize("spoil", [lambda x: x[:-9], lambda x: b"plain" + x, lambda x: x[:30]])
 def test_spoiled_gzip_is_refused(tmp_path, sample, spoil):
     write_pair(tmp_path, spoil(gzip.compress(idx(sample[0]))), gzip.compress(idx(sample[1])), ".gz")
     with pytest.raises(ValueError, match=r"data\.directory.*does not unpack.*fetch it again"):
-        load_images("idx", "train", directory=str(tmp_path))
+        load_images(idx_config(tmp_path), "train")
 
 
 def test_empty_idx_file_is_refused(tmp_path):
     write_pair(tmp_path, idx(np.zeros((0, 3, 5))), idx(np.zeros(0)))
     with pytest.raises(ValueError, match="no images"):
-        load_images("idx", "train", directory=str(tmp_path))
+        load_images(idx_config(tmp_path), "train")
 
 
 def test_missing_idx_files_are_named(tmp_path, sample):
     hint = "dataset-fashion-mnist"
     with pytest.raises(FileNotFoundError, match=rf"data\.directory is empty.*{hint}"):
-        load_images("idx", "train")
+        load_images(idx_config(""), "train")
     with pytest.raises(FileNotFoundError, match=rf"data\.directory.*nowhere.*{hint}"):
-        load_images("idx", "train", directory=str(tmp_path / "nowhere"))
+        load_images(idx_config(tmp_path / "nowhere"), "train")
     with pytest.raises(FileNotFoundError, match=rf"train-images-idx3-ubyte\.gz.*{hint}"):
-        load_images("idx", "train", directory=str(tmp_path))
+        load_images(idx_config(tmp_path), "train")
     write_pair(tmp_path, idx(sample[0]), idx(sample[1]))
     with pytest.raises(FileNotFoundError, match="t10k-images"):
-        load_images("idx", "test", directory=str(tmp_path))
+        load_images(idx_config(tmp_path), "test")
 
 
-def test_unknown_source_and_split_are_named():
-    with pytest.raises(ValueError, match=r"data\.source is 'mnist'.*digits, idx"):
-        load_images("mnist", "train")
-    with pytest.raises(ValueError, match=r"data\.split is 'valid'.*train, test"):
-        load_images("digits", "valid")
+@pytest.mark.parametrize(("fit", "border"), [("pad", 0), ("crop", None)])
+def test_image_size_and_channels_apply_to_arrays_in_memory(tmp_path, sample, fit, border):
+    write_pair(tmp_path, idx(sample[0]), idx(sample[1]))
+    data = idx_config(tmp_path, image_size=(7, 9), fit=fit, background=0)
+    got = load_images(data, "train", channels=3)
+    assert got.images.shape == (7, 7, 9, 3) and got.num_classes == 4
+    np.testing.assert_array_equal(got.images[..., 0], got.images[..., 2])
+    if fit == "pad":
+        np.testing.assert_array_equal(got.images[:, 2:5, 2:7, 1], sample[0])
+        assert got.images[:, :2].max() == border
+
+
+def test_unknown_sources_splits_and_channels_are_named():
+    with pytest.raises(ValueError, match=r"data\.source is 'codes'.*digits, idx, folder, tfds"):
+        load_images(DataConfig(source="codes"), "train")
+    with pytest.raises(ValueError, match=r"split is 'valid'.*train, test"):
+        load_images(DataConfig(), "valid")
+    with pytest.raises(ValueError, match=r"channels is 4; choose 1 .* or 3"):
+        open_source(DataConfig(), "train", channels=4)
 
 
 # Pixel tokens

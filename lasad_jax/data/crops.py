@@ -15,6 +15,8 @@ from lasad_jax.config.sections import FITS
 from lasad_jax.data.decode import from_pillow, to_pillow
 
 CROPS = ("center", "flip", "ten")
+# Pixels; at 256 x 256 an image must be 1,024 times as long as wide to reach it.
+_LARGEST_COVER = 2**26
 _PLACES = ("top-left", "top-right", "bottom-left", "bottom-right", "center")
 
 
@@ -29,8 +31,14 @@ def center_crop(
     pixels = _halve(to_pillow(image), size)
     scale = max(rows / pixels.height, columns / pixels.width)
     covering = (round(pixels.height * scale), round(pixels.width * scale))
-    pixels = _resize(pixels, covering)
     top, left = (covering[0] - rows) // 2, (covering[1] - columns) // 2
+    if covering[0] * covering[1] > _LARGEST_COVER:
+        # A long thin image would take gigabytes: make only the part that is kept, at the
+        # price of places rounded to single precision.
+        y, x = pixels.height / covering[0], pixels.width / covering[1]
+        box = (left * x, top * y, (left + columns) * x, (top + rows) * y)
+        return from_pillow(pixels.resize((columns, rows), Image.Resampling.BICUBIC, box))
+    pixels = _resize(pixels, covering)
     return from_pillow(pixels.crop((left, top, left + columns, top + rows)))
 
 

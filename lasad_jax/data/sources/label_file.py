@@ -88,7 +88,7 @@ def _classes(where: str, labels: list[tuple[int, str]]) -> tuple[tuple[str, ...]
         if any(is_number):
             line, label = labels[is_number.index(not is_number[0])]
             raise ValueError(
-                f"{where}, line {line}: label {label!r} is {'' if not is_number[0] else 'no '}"
+                f"{where}, line {line}: label {label!r} is {'no' if is_number[0] else 'a'} "
                 f"whole number, unlike {labels[0][1]!r} before it; use numbers or names throughout"
             )
         class_names = tuple(sorted({label for _, label in labels}))
