@@ -1,0 +1,254 @@
+"""Tokenizers as files with LlamaGen's tensor names and PyTorch's layout.
+
+Read from PyTorch's own format, as LlamaGen publishes them, or from safetensors; written as
+safetensors, with the configuration in the file's metadata.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxtyping import Array, Float, PyTree
+
+from lasad_jax.models.tokenizer import abstract_tokenizer
+from lasad_jax.models.tokenizer_config import TokenizerConfig
+
+Tensors = dict[str, Float[np.ndarray, "..."]]
+# Name in the file -> keys in the tree of parameters, shape in the file.
+Layout = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
+
+# A buffer in which LlamaGen's training counts codes; nothing else reads it.
+_CODEBOOK_USED = "quantize.codebook_used"
+_CODEBOOK_USED_SIZE = 65536
+# Kernels (h, w, in, out) and (out, in, h, w); nothing else has four axes.
+_TO_TORCH, _FROM_TORCH = (3, 2, 0, 1), (2, 3, 1, 0)
+_LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "embedding": "embedding.weight"}
+
+
+def load_tokenizer(path: str | Path) -> tuple[TokenizerConfig, PyTree[np.ndarray]]:
+    """Reads a tokenizer.
+
+    Args:
+      path: a .safetensors file, or else a file of torch.save with the state dict itself or
+        with it under "ema", "model" or "state_dict" (in this order, as in LlamaGen).
+
+    Returns:
+      The configuration, from the file's metadata or, without any, from the tensors' shapes;
+      and the parameters of `VQTokenizer`, float32.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      ImportError: for a torch file without torch installed.
+      ValueError: for a file that cannot be read, or a tensor that is missing, extra or of
+        another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"tokenizer: there is no file {path}")
+    if path.suffix == ".safetensors":
+        tensors, metadata = _read_safetensors(path)
+    else:
+        tensors, metadata = _read_torch(path), {}
+    tensors.pop(_CODEBOOK_USED, None)
+    if "config" in metadata:
+        config = _config_from_json(path, metadata["config"])
+    else:
+        config = _config_from_shapes(path, {name: x.shape for name, x in tensors.items()})
+    layout = _layout(config)
+    _check_shapes(path, layout, tensors)
+    params = {keys: _from_torch(tensors[name]) for name, (keys, _) in layout.items()}
+    return config, unflatten_dict(params)
+
+
+def save_tokenizer(path: str | Path, config: TokenizerConfig, params: PyTree[Array]) -> None:
+    """Writes a tokenizer so that the file is whole or not there at all.
+
+    Args:
+      path: ending in .safetensors; its folder is made if need be.
+      config, params: of a `VQTokenizer`; stored as float32.
+
+    Raises:
+      ValueError: for another ending, or parameters that are not the configuration's.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"tokenizer: {path} must end in .safetensors, the format written")
+    tensors = _to_tensors(params)
+    _check_shapes(path, _layout(config), tensors)
+    tensors[_CODEBOOK_USED] = np.zeros(_CODEBOOK_USED_SIZE, np.float32)
+    metadata = {"format": "pt", "config": json.dumps(dataclasses.asdict(config))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        safetensors.numpy.save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def fingerprint(config: TokenizerConfig, params: PyTree[Array]) -> str:
+    """16 hex digits that tell apart tokenizers with other codes or other pictures.
+
+    The start of the SHA-256 over the architecture (not the dtype of computing) and every
+    tensor by order of name, in float32, little-endian.
+    """
+    architecture = dataclasses.asdict(config)
+    del architecture["dtype"]
+    digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+    for name, tensor in sorted(_to_tensors(params).items()):
+        digest.update(f"{name}{tensor.shape}".encode())
+        digest.update(np.ascontiguousarray(tensor, "<f4"))
+    return digest.hexdigest()[:16]
+
+
+def _layout(config: TokenizerConfig) -> Layout:
+    def torch_shape(shape):
+        return tuple(shape[axis] for axis in _TO_TORCH) if len(shape) == 4 else shape
+
+    leaves = flatten_dict(abstract_tokenizer(config)).items()
+    return {_torch_name(keys): (keys, torch_shape(leaf.shape)) for keys, leaf in leaves}
+
+
+def _torch_name(keys: tuple[str, ...]) -> str:
+    """("encoder", "conv_blocks_0_res_1", "conv1", "kernel") -> its name in LlamaGen's files."""
+    *modules, leaf = keys
+    dotted = [re.sub(r"_(\d+)_?", r".\1.", module).rstrip(".") for module in modules]
+    return ".".join([*dotted, _LEAVES[leaf]])
+
+
+def _to_torch(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x.transpose(_TO_TORCH) if x.ndim == 4 else x)
+
+
+def _from_torch(x: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(x.transpose(_FROM_TORCH) if x.ndim == 4 else x)
+
+
+def _to_tensors(params: PyTree[Array]) -> Tensors:
+    flat = flatten_dict(params)
+    return {_torch_name(keys): _to_torch(np.asarray(x, np.float32)) for keys, x in flat.items()}
+
+
+def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            tensors = {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
+            return tensors, file.metadata() or {}
+    except (safetensors.SafetensorError, TypeError) as error:  # TypeError: bfloat16
+        raise ValueError(
+            f"tokenizer: {path} cannot be read as float32 safetensors ({error}); "
+            "fetch or convert it again"
+        ) from error
+
+
+def _read_torch(path: Path) -> Tensors:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"tokenizer: {path} is a torch file, which needs torch (pip install torch); "
+            "a .safetensors file needs none"
+        ) from error
+    try:
+        # A checkpoint of LlamaGen's training holds its arguments too.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever unpickling meets in a broken file
+        reason = str(error).partition("\n")[0]
+        raise ValueError(
+            f"tokenizer: {path} cannot be read as a torch file of tensors ({reason}); "
+            "fetch it again, or give a .safetensors file"
+        ) from error
+    content = _state_dict(content)
+    if not content or not all(isinstance(x, torch.Tensor) for x in content.values()):
+        raise ValueError(
+            f"tokenizer: {path} holds no state dict, neither by itself nor under 'ema', "
+            "'model' or 'state_dict'"
+        )
+    return {str(name): x.to(torch.float32).numpy() for name, x in content.items()}
+
+
+def _state_dict(content: Any) -> dict[str, Any]:
+    for key in ("ema", "model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            return content[key]
+    return content if isinstance(content, dict) else {}
+
+
+def _config_from_json(path: Path, text: str) -> TokenizerConfig:
+    try:
+        values = json.loads(text)
+        return TokenizerConfig(**values | {"multipliers": tuple(values["multipliers"])})
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"tokenizer: the metadata of {path} holds no configuration of a tokenizer ({error})"
+        ) from error
+
+
+def _config_from_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> TokenizerConfig:
+    """The only configuration that can have these shapes."""
+
+    def count(pattern: str) -> int:
+        found = (re.match(pattern, name) for name in shapes)
+        return 1 + max((int(match[1]) for match in found if match), default=0)
+
+    levels = count(r"encoder\.conv_blocks\.(\d+)\.")
+    needed = ["encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight"]
+    firsts = [f"encoder.conv_blocks.{level}.res.0.conv1.weight" for level in range(levels)]
+    ranks = dict.fromkeys([*needed, *firsts], 4) | {"quantize.embedding.weight": 2}
+    _refuse(
+        path,
+        [f"{name} is missing" for name in ranks if name not in shapes]
+        + [
+            f"{name} has shape {shapes[name]}, not {rank} axes"
+            for name, rank in ranks.items()
+            if len(shapes.get(name, range(rank))) != rank
+        ],
+    )
+    width, channels = shapes["encoder.conv_in.weight"][:2]
+    codebook_size, codebook_dim = shapes["quantize.embedding.weight"]
+    try:
+        return TokenizerConfig(
+            channels=channels,
+            width=width,
+            multipliers=tuple(shapes[name][0] // max(width, 1) for name in firsts),
+            encoder_blocks=count(r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
+            decoder_blocks=count(r"decoder\.conv_blocks\.0\.res\.(\d+)\."),
+            latent_channels=shapes["encoder.conv_out.weight"][0],
+            codebook_size=codebook_size,
+            codebook_dim=codebook_dim,
+        )
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {path} has tensors of no known shape: {error}") from error
+
+
+def _check_shapes(path: Path, layout: Layout, tensors: Tensors) -> None:
+    _refuse(
+        path,
+        [f"{name} is missing" for name in layout if name not in tensors]
+        + [f"{name} is extra" for name in tensors if name not in layout]
+        + [
+            f"{name} has shape {tensors[name].shape}, expected {shape}"
+            for name, (_, shape) in layout.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    )
+
+
+def _refuse(path: Path, problems: list[str]) -> None:
+    """One error for all problems, if any; it names the first few."""
+    if problems:
+        more = "; ..." if len(problems) > 3 else ""
+        raise ValueError(
+            f"tokenizer: {len(problems)} tensors of {path} do not fit: "
+            f"{'; '.join(problems[:3])}{more}"
+        )

@@ -1,0 +1,359 @@
+"""The tokenizer against the one in PyTorch beside this file: codes, pixels, gradients."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch_tokenizer import random_tokenizer
+
+from lasad_jax.interop.tokenizer_files import load_tokenizer
+from lasad_jax.models import quantizer
+from lasad_jax.models.codec import TokenizerCodec, bytes_to_floats, floats_to_bytes
+from lasad_jax.models.quantizer import l2_normalize, nearest_codes
+from lasad_jax.models.tokenizer import VQTokenizer, abstract_tokenizer, init_tokenizer
+from lasad_jax.models.tokenizer_config import VQ8, VQ16, TokenizerConfig
+
+SMALL = TokenizerConfig(
+    channels=3,
+    width=32,
+    multipliers=(1, 2),
+    encoder_blocks=1,
+    decoder_blocks=2,
+    latent_channels=12,
+    codebook_size=60,
+    codebook_dim=5,
+)
+
+
+def pair(config: TokenizerConfig, folder, seed: int = 0):
+    """The same random weights for both: the reference, and parameters read from its file."""
+    reference = random_tokenizer(config, seed)
+    torch.save(reference.state_dict(), folder / "x.pt")
+    loaded, params = load_tokenizer(folder / "x.pt")
+    assert loaded == config
+    return reference, {"params": params}
+
+
+def random_images(config: TokenizerConfig, *shape: int, seed: int = 0) -> np.ndarray:
+    """Smooth colours with noise on top, so that places differ at every scale."""
+    rng = np.random.default_rng(seed)
+    x = rng.uniform(-0.5, 0.5, (*shape, config.channels))
+    for axis in (1, 2):
+        wave = np.sin(np.linspace(0, 9, shape[axis]))[:, None]
+        x += 0.5 * np.expand_dims(wave, 1) if axis == 1 else 0.3 * wave
+    return x.clip(-1, 1).astype(np.float32)
+
+
+def to_torch(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
+
+
+def to_numpy(images: torch.Tensor) -> np.ndarray:
+    return images.detach().permute(0, 2, 3, 1).numpy()
+
+
+def assert_same_codes_and_pixels(reference, variables, config, images):
+    model = VQTokenizer(config)
+    with torch.no_grad():
+        z, vectors, codes = reference.quantize(reference.encode(to_torch(images)))
+        pixels = to_numpy(reference.decode(vectors))
+    got = jax.jit(model.apply)(variables, images)
+    rows, columns = (size // config.downsampling for size in images.shape[1:3])
+    assert got.codes.shape == codes.shape == (len(images), rows, columns)
+    assert got.codes.dtype == jnp.int32
+    assert np.mean(np.asarray(got.codes) == codes.numpy()) >= 0.999
+    np.testing.assert_allclose(got.z, z, atol=1e-3)
+    # Pixels from the reference's codes, so that one differing code hides nothing.
+    decode = jax.jit(
+        lambda v, c: model.apply(v, model.apply(v, c, method="lookup"), method="decode")
+    )
+    got_pixels = decode(variables, codes.numpy())
+    assert got_pixels.shape == images.shape and got_pixels.dtype == jnp.float32
+    np.testing.assert_allclose(got_pixels, pixels, atol=1e-3)
+    return codes
+
+
+@pytest.mark.parametrize(
+    ("config", "sizes"), [(VQ16, [(128, 160), (256, 256)]), (VQ8, [(128, 160)])]
+)
+def test_llamagen_tokenizers_agree_with_pytorch(tmp_path, config, sizes):
+    reference, variables = pair(config, tmp_path)
+    for size in sizes:
+        images = random_images(config, 1, *size)
+        codes = assert_same_codes_and_pixels(reference, variables, config, images)
+        assert len(codes.unique()) > 0.1 * codes.numel()
+
+
+@pytest.mark.parametrize(
+    ("multipliers", "channels", "shape"),
+    [
+        ((1, 1), 1, (3, 6, 10)),
+        ((1, 2), 3, (1, 2, 2)),
+        ((2, 1, 1), 1, (2, 4, 28)),
+        ((1, 2, 1, 3), 3, (1, 24, 8)),
+        ((1,), 3, (1, 1, 1)),
+        ((1,), 1, (2, 1, 7)),
+    ],
+)
+def test_small_tokenizers_agree_with_pytorch(tmp_path, multipliers, channels, shape):
+    config = dataclasses.replace(SMALL, multipliers=multipliers, channels=channels)
+    reference, variables = pair(config, tmp_path)
+    images = random_images(config, *shape)
+    assert_same_codes_and_pixels(reference, variables, config, images)
+
+
+# Gradients
+
+
+@pytest.mark.parametrize("codebook_size", [60, 1100])  # looked up by product and by gather
+def test_gradients_agree_with_pytorch(tmp_path, codebook_size):
+    config = dataclasses.replace(SMALL, codebook_size=codebook_size)
+    reference, variables = pair(config, tmp_path)
+    images = random_images(config, 2, 8, 12)
+    towards = random_images(config, 2, 8, 12, seed=1)
+
+    x = to_torch(images)
+    pixels, z, quantized, _ = reference(x)
+    loss = ((pixels - to_torch(towards)) ** 2).mean()
+    loss = loss + 2 * ((quantized - z.detach()) ** 2).mean()
+    loss = loss + 3 * ((quantized.detach() - z) ** 2).mean()
+    loss.backward()
+    expected = {name: p.grad for name, p in reference.named_parameters()}
+    state = reference.state_dict()
+    for name, gradient in expected.items():
+        state[name] = gradient
+    torch.save(state, tmp_path / "gradients.pt")
+    _, expected = load_tokenizer(tmp_path / "gradients.pt")
+
+    @jax.jit
+    @jax.value_and_grad
+    def objective(params):
+        out = VQTokenizer(config).apply({"params": params}, images)
+        stop = jax.lax.stop_gradient
+        return (
+            jnp.mean((out.images - towards) ** 2)
+            + 2 * jnp.mean((out.quantized - stop(out.z)) ** 2)
+            + 3 * jnp.mean((stop(out.quantized) - out.z) ** 2)
+        )
+
+    value, gradients = objective(variables["params"])
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+    assert np.abs(expected["quantize"]["embedding"]).max() > 0
+    assert np.abs(expected["encoder"]["conv_in"]["kernel"]).max() > 0
+
+    def compare(path, got, want):
+        scale = np.abs(want).max()
+        np.testing.assert_allclose(got, want, atol=2e-4 * scale + 1e-7, err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(compare, gradients, expected)
+
+
+def test_each_output_sends_its_gradient_where_documented(tmp_path):
+    _, variables = pair(SMALL, tmp_path)
+    images = random_images(SMALL, 1, 8, 4)
+    reached = {}
+    for name in ("images", "z", "quantized"):
+
+        def total(params, name=name):
+            out = VQTokenizer(SMALL).apply({"params": params}, images)
+            return jnp.sum(jnp.sin(3 * getattr(out, name)))
+
+        gradients = jax.jit(jax.grad(total))(variables["params"])
+        size = lambda tree: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
+        reached[name] = {part for part, tree in gradients.items() if size(tree) > 1e-6}
+    encoder, decoder = {"encoder", "quant_conv"}, {"decoder", "post_quant_conv"}
+    assert reached == {"images": encoder | decoder, "z": encoder, "quantized": {"quantize"}}
+
+
+def test_normalising_a_zero_vector_is_finite_and_so_is_its_gradient():
+    x = jnp.zeros((2, 3)).at[1].set(jnp.array([3.0, 0, 4]))
+    np.testing.assert_allclose(l2_normalize(x), [[0, 0, 0], [0.6, 0, 0.8]], rtol=1e-6)
+    gradient = jax.grad(lambda x: jnp.sum(l2_normalize(x) ** 2))(x)
+    assert np.isfinite(gradient).all()
+
+
+# Codes
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 50), st.integers(1, 4), st.integers(1, 200), st.integers(0, 2**32 - 1))
+def test_the_search_in_parts_finds_the_nearest_code(V, d, most, seed):
+    rng = np.random.default_rng(seed)
+    z, codebook = rng.normal(size=(2, 3, d)), rng.normal(size=(V, d))
+    expected = ((z[..., None, :] - codebook) ** 2).sum(-1).argmin(-1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantizer, "_MAX_DISTANCES", most)
+        codes = nearest_codes(jnp.asarray(z, jnp.float32), jnp.asarray(codebook, jnp.float32))
+    np.testing.assert_array_equal(codes, expected)
+
+
+def test_of_equally_near_codes_the_first_is_taken(monkeypatch):
+    codebook = jnp.eye(3)[jnp.array([2, 0, 1, 0, 1, 0])]
+    for most in (1, 6, 10, 18, 100):
+        monkeypatch.setattr(quantizer, "_MAX_DISTANCES", most)
+        np.testing.assert_array_equal(nearest_codes(jnp.eye(3), codebook), [1, 2, 0])
+
+
+def test_the_search_needs_little_memory_for_many_places():
+    z = jax.ShapeDtypeStruct((128, 64, 64, 8), jnp.float32)
+    codebook = jax.ShapeDtypeStruct((16384, 8), jnp.float32)
+    memory = jax.jit(nearest_codes).lower(z, codebook).compile().memory_analysis()
+    # All distances at once would take 34 GB.
+    assert memory.temp_size_in_bytes < 0.7e9
+
+
+@pytest.mark.parametrize("codebook_size", [60, 1100])
+def test_every_code_is_nearest_to_its_own_vector(codebook_size):
+    config = dataclasses.replace(SMALL, codebook_size=codebook_size)
+    model = VQTokenizer(config)
+    variables = {"params": init_tokenizer(config, jax.random.key(0))}
+    codes = jnp.arange(codebook_size).reshape(1, 2, -1)
+    vectors = model.apply(variables, codes, method="lookup")
+    np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=-1), 1, rtol=1e-6)
+    np.testing.assert_array_equal(model.apply(variables, 7 * vectors, method="nearest"), codes)
+
+
+# Initialisation and precision
+
+
+def test_initial_parameters_are_spread_as_documented():
+    params = init_tokenizer(SMALL, jax.random.key(0))
+    same = init_tokenizer(SMALL, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert shapes == abstract_tokenizer(SMALL)
+    conv = params["encoder"]["mid_0"]["conv1"]
+    bound = 1 / math.sqrt(9 * 64)
+    for name, kind in conv.items():
+        assert 0.9 * bound < jnp.abs(kind).max() <= bound, name
+    np.testing.assert_allclose(jnp.std(conv["kernel"]), bound / math.sqrt(3), rtol=0.02)
+    norms = jnp.linalg.norm(params["quantize"]["embedding"], axis=-1)
+    np.testing.assert_allclose(norms, 1, rtol=1e-6)
+
+
+def test_half_precision_stays_near_float32(tmp_path):
+    _, variables = pair(SMALL, tmp_path)
+    images = random_images(SMALL, 1, 16, 12)
+    exact = VQTokenizer(SMALL).apply(variables, images)
+    half = dataclasses.replace(SMALL, dtype="bfloat16")
+    rough = VQTokenizer(half).apply(variables, images)
+    assert rough.images.dtype == rough.z.dtype == rough.quantized.dtype == jnp.float32
+    assert 1e-5 < np.abs(rough.z - exact.z).max() < 0.1
+    decode = lambda config: VQTokenizer(config).apply(variables, exact.quantized, method="decode")
+    assert 1e-5 < np.abs(decode(half) - decode(SMALL)).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 8, 8, 1), r"\(1, 8, 8, 1\) must be \(B, h, w, 3\)"),
+        ((8, 8, 3), r"\(8, 8, 3\) must be"),
+        ((1, 8, 7, 3), r"8 x 7 pixels must be multiples of 2"),
+        ((1, 0, 8, 3), r"0 x 8 pixels"),
+    ],
+)
+def test_images_that_do_not_fit_are_refused(shape, message):
+    variables = {"params": abstract_tokenizer(SMALL)}
+    with pytest.raises(ValueError, match=rf"images: .*{message}"):
+        jax.eval_shape(VQTokenizer(SMALL).apply, variables, jnp.zeros(shape))
+
+
+# Codec
+
+
+def test_bytes_survive_the_way_to_floats_and_back():
+    x = np.arange(256, dtype=np.uint8)
+    floats = bytes_to_floats(x)
+    np.testing.assert_allclose(floats, x / 127.5 - 1, atol=1e-6)
+    np.testing.assert_array_equal(floats_to_bytes(floats), x)
+    far = floats_to_bytes(jnp.array([-7.0, 0.0, 7.0]))
+    assert far.dtype == jnp.uint8
+    np.testing.assert_array_equal(far, [0, 128, 255])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return pair(SMALL, tmp_path_factory.mktemp("weights"))
+
+
+def random_bytes(count: int, rows: int = 6, columns: int = 10) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (count, rows, columns, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("count", [0, 1, 4, 11])
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_codec_agrees_with_pytorch_for_any_number_of_images_and_devices(weights, count, devices):
+    reference, variables = weights
+    codec = TokenizerCodec(
+        SMALL, variables["params"], batch_size=4, devices=jax.devices()[:devices]
+    )
+    assert codec.batch_size == {1: 4, 3: 6, 8: 8}[devices]
+    images = random_bytes(count)
+    codes = codec.encode(images)
+    assert codes.shape == (count, 15) and codes.dtype == np.int32
+    pixels = codec.decode(codes.astype(np.uint16), (3, 5))
+    assert pixels.shape == images.shape and pixels.dtype == np.uint8
+    if count:
+        with torch.no_grad():
+            x = to_torch(images).float() / 127.5 - 1
+            _, vectors, expected = reference.quantize(reference.encode(x))
+            exact = np.clip(127.5 * to_numpy(reference.decode(vectors)) + 128, 0, 255)
+        np.testing.assert_array_equal(codes, expected.flatten(1))
+        # A float just below a whole number may fall on either side of it.
+        assert np.abs(pixels + 0.5 - exact).max() <= 0.51
+
+
+def test_codec_compiles_once_and_starts_batches_without_waiting(weights):
+    codec = TokenizerCodec(SMALL, weights[1]["params"], batch_size=8)
+    images = random_bytes(19)
+    codes = codec.encode(images)
+    batch = codec.encode_batch(images[:8])
+    assert isinstance(batch, jax.Array) and len(batch.sharding.device_set) == 8
+    np.testing.assert_array_equal(batch, codes[:8])
+    codec.encode(images[:1])
+    assert codec._encode._cache_size() == 1
+
+
+def test_codec_works_within_the_mesh_of_a_training_run(weights):
+    codec = TokenizerCodec(SMALL, weights[1]["params"], batch_size=2, devices=jax.devices()[1:3])
+    codes = codec.encode(random_bytes(2))
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    with jax.set_mesh(jax.make_mesh((4, 2), ("data", "tensor"), axis_types=axes)):
+        np.testing.assert_array_equal(codec.encode(random_bytes(2)), codes)
+
+
+def test_codec_tells_what_it_is(weights):
+    codec = TokenizerCodec(SMALL, weights[1]["params"])
+    assert codec.batch_size == 32 and codec.downsampling == 2 and codec.vocab_size == 60
+    rough = dataclasses.replace(SMALL, dtype="bfloat16")
+    assert codec.fingerprint == TokenizerCodec(rough, weights[1]["params"]).fingerprint
+
+
+def test_codec_refuses_what_does_not_fit(weights):
+    params = weights[1]["params"]
+    with pytest.raises(ValueError, match="batch_size: 0 must be at least 1"):
+        TokenizerCodec(SMALL, params, batch_size=0)
+    codec = TokenizerCodec(SMALL, params, batch_size=8)
+    with pytest.raises(ValueError, match="images: float32 must be uint8"):
+        codec.encode(random_bytes(1).astype(np.float32))
+    with pytest.raises(ValueError, match=r"images: shape \(1, 6, 10, 1\) must be \(B, h, w, 3\)"):
+        codec.encode(random_bytes(1)[..., :1])
+    with pytest.raises(ValueError, match="images: 5 x 10 pixels must be multiples of 2"):
+        codec.encode(random_bytes(1, rows=5))
+    with pytest.raises(ValueError, match="a batch of 3 must have batch_size = 8"):
+        codec.encode_batch(random_bytes(3))
+    with pytest.raises(ValueError, match=r"tokens: shape \(2, 15\) must be \(N, 12\).* 3 x 4"):
+        codec.decode(np.zeros((2, 15), int), (3, 4))
+    with pytest.raises(ValueError, match="tokens: -1 to 59 must be within 0 to 59"):
+        codec.decode(np.array([[-1, 59]]), (1, 2))
+    with pytest.raises(ValueError, match="tokens: 0 to 60 must be within 0 to 59"):
+        codec.decode(np.array([[0, 60]]), (1, 2))
+    with pytest.raises(ValueError, match="tokens: float64 must be integers"):
+        codec.decode(np.zeros((1, 2)), (1, 2))
