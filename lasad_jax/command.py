@@ -21,7 +21,7 @@ def run(main: Callable[[], None]) -> None:
             raise app.UsageError(f"unknown argument {argv[1]!r}; flags begin with --")
         try:
             main()
-        except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
             sys.exit(f"{type(error).__name__}: {error}")
 
     logging.set_verbosity(logging.WARNING)

@@ -63,7 +63,7 @@ def tokenize(tokenizer: Path, out: Path) -> None:
         sources,
         source=dataclasses.asdict(data) | {"image_size": size},
         tokenizer=fingerprint(config, params),
-        grid=code_grid(config, size),
+        grid=config.grid(size),
         vocab_size=config.codebook_size,
         views={split: view_names(*crop) for split, crop in crops.items()},
         images_per_shard=_SHARD.value,

@@ -221,6 +221,11 @@ def test_every_config_file_builds(path):
     except TypeError:
         config = module.get_config("B")
     assert config.is_locked
+    if "losses" in config:
+        config.model.width = 33
+        with pytest.raises(ValueError, match=r"model\.width: 33 must be a multiple of 32"):
+            build_config(config, TokenizerRunConfig)
+        return
     assert build_config(config) != Config()
     with pytest.raises(ValueError, match=r"model\.selective"):
         build_config(config.to_dict() | {"model": _manhattan(config)})

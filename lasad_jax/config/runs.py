@@ -112,12 +112,8 @@ class TokenizerRunConfig(RunConfig):
             raise ValueError(
                 f"optimizer.accumulate: {self.optimizer.accumulate} must be 1 for a tokenizer"
             )
-        factor = self.model.downsampling
-        if any(size % factor for size in self.data.image_size):
-            raise ValueError(
-                f"data.image_size: {self.data.image_size} must be multiples of {factor}, the "
-                "downsampling of model.multipliers"
-            )
+        if self.data.image_size != (0, 0):
+            self.model.grid(self.data.image_size)
 
     def architecture(self) -> dict[str, Any]:
         """As above; with a discriminator, its size too."""

@@ -56,6 +56,20 @@ class TokenizerConfig:
         """Pixels per code along each side."""
         return 2 ** (len(self.multipliers) - 1)
 
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns (R, C) of an image's codes.
+
+        Raises:
+          ValueError: sizes that the downsampling does not divide.
+        """
+        if any(size < 1 or size % self.downsampling for size in image_size):
+            raise ValueError(
+                f"data.image_size: {tuple(image_size)} must be positive multiples of "
+                f"{self.downsampling}, the tokenizer's downsampling (data.fit='pad' pads without "
+                "scaling)"
+            )
+        return image_size[0] // self.downsampling, image_size[1] // self.downsampling
+
     @property
     def compute_dtype(self) -> jnp.dtype:
         """`dtype` as JAX knows it."""

@@ -17,7 +17,7 @@ from lasad_jax.data.loader import held_out_batches, train_batches
 from lasad_jax.evaluation.reconstruction import codebook_usage
 from lasad_jax.models.codec import TokenizerCodec
 from lasad_jax.models.discriminator import check_discriminator
-from lasad_jax.models.lpips import load_lpips
+from lasad_jax.models.lpips import check_perceptual, load_lpips
 from lasad_jax.sampling.pictures import image_grid
 from lasad_jax.training import sharding
 from lasad_jax.training.checkpoints import Checkpoints
@@ -53,12 +53,9 @@ class TokenizerTask:
 
     def _check(self) -> None:
         config, size = self.config, self._training.size
-        if any(side % config.model.downsampling for side in size):
-            raise ValueError(
-                f"data.image_size: images of {size} are no multiples of "
-                f"{config.model.downsampling}, the downsampling of model.multipliers; set "
-                "data.image_size (data.fit='pad' pads without scaling)"
-            )
+        config.model.grid(size)
+        if self._vgg is not None:
+            check_perceptual(size)
         if config.losses.adversarial_weight:
             check_discriminator(config.losses, size)
         if config.batch_size > len(self._training):
@@ -126,7 +123,7 @@ class TokenizerTask:
         images = self._held_out.batch(rows)["images"]
         params = jax.device_get(state.best_params)
         codec = TokenizerCodec(self.config.model, params)
-        grid = tuple(side // codec.downsampling for side in self._held_out.size)
+        grid = self.config.model.grid(self._held_out.size)
         pairs = np.stack([images, codec.decode(codec.encode(images), grid)], axis=1)
         return image_grid(pairs.reshape(-1, *images.shape[1:]), columns=10)
 

@@ -1,0 +1,29 @@
+"""Open Clip Art at 64x64: 16x16 codes of the tokenizer of configs/clipart_tokenizer.py.
+
+python -m lasad_jax.tokenize --tokenizer=runs/clipart_tokenizer --out=data/clipart
+python -m lasad_jax.train --config=configs/clipart.py --workdir=runs/clipart
+"""
+
+import ml_collections
+
+from lasad_jax.config import default_config
+from lasad_jax.models import SIZES
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The recipe."""
+    config = default_config()
+    config.steps = 6000
+    config.batch_size = 64
+    config.log_every = 100
+    config.eval_every = 500
+    config.sample_every = 2000
+    config.save_every = 500
+    config.num_samples = 88
+    config.data.update(source="codes", directory="data/clipart")
+    config.model.update(vocab_size=1024, num_classes=22, grid=(16, 16), **SIZES["small"])
+    config.optimizer.update(
+        learning_rate=1e-3, schedule="cosine", warmup_steps=200, ema_decay=0.999
+    )
+    config.sampling.guidance = 2.0
+    return config
