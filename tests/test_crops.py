@@ -259,8 +259,8 @@ def test_a_single_pixel_goes_through_everything(channels):
     padded = pad_to(pixel, (4, 7), 0)
     assert padded[1, 3, 0] == 93 and (padded > 0).sum() == channels
     assert ten_crop(pixel, (1, 1)).shape == (10, 1, 1, channels)
-    for crops, ratios, count in (("center", (), 1), ("flip", (), 2), ("ten", (1.1,), 10)):
-        got = views(pixel, size=(8, 8), crops=crops, ratios=ratios)
+    for kind, ratios, count in (("center", (), 1), ("flip", (), 2), ("ten", (1.1,), 10)):
+        got = views(pixel, size=(8, 8), crops=kind, ratios=ratios)
         assert got.shape == (count, 8, 8, channels) and (got == 93).all()
     rng = np.random.default_rng(0)
     assert random_crop_flip(pixel, (1, 1), min_crop=1, flip=True, rng=rng).item(0) == 93
