@@ -231,10 +231,17 @@ def test_random_crops_follow_the_generator_alone():
     )
     np.testing.assert_array_equal(crop(3), crop(3))
     assert len({crop(seed).tobytes() for seed in range(20)}) > 10
-    # Whether mirrored or not, the window is the same: the draws do not depend on `flip`.
-    for seed in range(5):
-        sides = (crop(seed, False), crop(seed, False)[:, ::-1])
-        assert any(np.array_equal(crop(seed), side) for side in sides)
+    # The draws do not depend on `flip`: windows are the same, about half of them mirrored.
+    mirrored = [not np.array_equal(crop(seed), crop(seed, False)) for seed in range(20)]
+    assert 3 < sum(mirrored) < 17
+    for seed in range(20):
+        side = crop(seed, False)[:, ::-1] if mirrored[seed] else crop(seed, False)
+        np.testing.assert_array_equal(crop(seed), side)
+    ramp = np.tile(np.arange(10, dtype=np.uint8) * 20, (10, 1))[..., None]
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        window = random_crop_flip(ramp, (8, 8), min_crop=0.8, flip=False, rng=rng)
+        assert window[0, 0, 0] < window[0, -1, 0]
 
 
 @few
@@ -259,8 +266,8 @@ def test_a_single_pixel_goes_through_everything(channels):
     padded = pad_to(pixel, (4, 7), 0)
     assert padded[1, 3, 0] == 93 and (padded > 0).sum() == channels
     assert ten_crop(pixel, (1, 1)).shape == (10, 1, 1, channels)
-    for crops, ratios, count in (("center", (), 1), ("flip", (), 2), ("ten", (1.1,), 10)):
-        got = views(pixel, size=(8, 8), crops=crops, ratios=ratios)
+    for kind, ratios, count in (("center", (), 1), ("flip", (), 2), ("ten", (1.1,), 10)):
+        got = views(pixel, size=(8, 8), crops=kind, ratios=ratios)
         assert got.shape == (count, 8, 8, channels) and (got == 93).all()
     rng = np.random.default_rng(0)
     assert random_crop_flip(pixel, (1, 1), min_crop=1, flip=True, rng=rng).item(0) == 93
