@@ -30,6 +30,9 @@ class Checkpoints:
             best_mode="min",
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
+            # What read_only means anyway; Orbax warns where it is left to say so itself.
+            create=not read_only,
+            save_interval_steps=0 if read_only else 1,
         )
         self._manager = ocp.CheckpointManager(
             Path(workdir).absolute() / "checkpoints", options=options
