@@ -294,7 +294,7 @@ def test_images_that_do_not_fit_are_refused(shape, message):
 
 def test_bytes_survive_the_way_to_floats_and_back():
     x = np.arange(256, dtype=np.uint8)
-    floats = bytes_to_floats(x)
+    floats = bytes_to_floats(jnp.asarray(x))
     np.testing.assert_allclose(floats, x / 127.5 - 1, atol=1e-6)
     np.testing.assert_array_equal(floats_to_bytes(floats), x)
     far = floats_to_bytes(jnp.array([-7.0, 0.0, 7.0]))
