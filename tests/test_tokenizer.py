@@ -40,6 +40,11 @@ def pair(config: TokenizerConfig, folder, seed: int = 0):
     return reference, {"params": params}
 
 
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    return pair(SMALL, tmp_path_factory.mktemp("weights"))
+
+
 def random_images(config: TokenizerConfig, *shape: int, seed: int = 0) -> np.ndarray:
     """Smooth colours with noise on top, so that places differ at every scale."""
     rng = np.random.default_rng(seed)
@@ -60,19 +65,27 @@ def to_numpy(images: torch.Tensor) -> np.ndarray:
 
 def assert_same_codes_and_pixels(reference, variables, config, images):
     model = VQTokenizer(config)
+
+    @jax.jit
+    def encode(variables, images):
+        z = model.apply(variables, images, method="encode")
+        return l2_normalize(z), model.apply(variables, z, method="nearest")
+
+    @jax.jit
+    def decode(variables, codes):
+        vectors = model.apply(variables, codes, method="lookup")
+        return model.apply(variables, vectors, method="decode")
+
     with torch.no_grad():
         z, vectors, codes = reference.quantize(reference.encode(to_torch(images)))
         pixels = to_numpy(reference.decode(vectors))
-    got = jax.jit(model.apply)(variables, images)
+    got_z, got_codes = encode(variables, images)
     rows, columns = (size // config.downsampling for size in images.shape[1:3])
-    assert got.codes.shape == codes.shape == (len(images), rows, columns)
-    assert got.codes.dtype == jnp.int32
-    assert np.mean(np.asarray(got.codes) == codes.numpy()) >= 0.999
-    np.testing.assert_allclose(got.z, z, atol=1e-3)
+    assert got_codes.shape == codes.shape == (len(images), rows, columns)
+    assert got_codes.dtype == jnp.int32
+    assert np.mean(np.asarray(got_codes) == codes.numpy()) >= 0.999
+    np.testing.assert_allclose(got_z, z, atol=1e-3)
     # Pixels from the reference's codes, so that one differing code hides nothing.
-    decode = jax.jit(
-        lambda v, c: model.apply(v, model.apply(v, c, method="lookup"), method="decode")
-    )
     got_pixels = decode(variables, codes.numpy())
     assert got_pixels.shape == images.shape and got_pixels.dtype == jnp.float32
     np.testing.assert_allclose(got_pixels, pixels, atol=1e-3)
@@ -94,10 +107,10 @@ def test_llamagen_tokenizers_agree_with_pytorch(tmp_path, config, sizes):
     ("multipliers", "channels", "shape"),
     [
         ((1, 1), 1, (3, 6, 10)),
-        ((1, 2), 3, (1, 2, 2)),
+        ((1, 2), 3, (2, 2, 2)),
         ((2, 1, 1), 1, (2, 4, 28)),
         ((1, 2, 1, 3), 3, (1, 24, 8)),
-        ((1,), 3, (1, 1, 1)),
+        ((1,), 3, (2, 1, 1)),  # a pixel; a single one PyTorch's norm refuses
         ((1,), 1, (2, 1, 7)),
     ],
 )
@@ -115,8 +128,8 @@ def test_small_tokenizers_agree_with_pytorch(tmp_path, multipliers, channels, sh
 def test_gradients_agree_with_pytorch(tmp_path, codebook_size):
     config = dataclasses.replace(SMALL, codebook_size=codebook_size)
     reference, variables = pair(config, tmp_path)
-    images = random_images(config, 2, 8, 12)
-    towards = random_images(config, 2, 8, 12, seed=1)
+    images = random_images(config, 2, 8, 6)
+    towards = random_images(config, 2, 8, 6, seed=1)
 
     x = to_torch(images)
     pixels, z, quantized, _ = reference(x)
@@ -155,20 +168,30 @@ def test_gradients_agree_with_pytorch(tmp_path, codebook_size):
 
 
 def test_each_output_sends_its_gradient_where_documented(tmp_path):
-    _, variables = pair(SMALL, tmp_path)
-    images = random_images(SMALL, 1, 8, 4)
-    reached = {}
-    for name in ("images", "z", "quantized"):
+    config = dataclasses.replace(SMALL, multipliers=(1,), decoder_blocks=1)
+    _, variables = pair(config, tmp_path)
+    images = random_images(config, 1, 8, 4)
 
-        def total(params, name=name):
-            out = VQTokenizer(SMALL).apply({"params": params}, images)
-            return jnp.sum(jnp.sin(3 * getattr(out, name)))
+    @jax.jit
+    def pull_each(params):
+        def differentiable(params):
+            out = VQTokenizer(config).apply({"params": params}, images)
+            return out.images, out.z, out.quantized
 
-        gradients = jax.jit(jax.grad(total))(variables["params"])
+        outputs, pull = jax.vjp(differentiable, params)
+        rng = np.random.default_rng(0)
+        towards = [rng.normal(size=x.shape).astype(np.float32) for x in outputs]
+        keep = lambda i: tuple(jnp.where(i == j, x, 0) for j, x in enumerate(towards))
+        return [pull(keep(i))[0] for i in range(3)]
+
+    def parts(gradients):
         size = lambda tree: max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(tree))
-        reached[name] = {part for part, tree in gradients.items() if size(tree) > 1e-6}
-    encoder, decoder = {"encoder", "quant_conv"}, {"decoder", "post_quant_conv"}
-    assert reached == {"images": encoder | decoder, "z": encoder, "quantized": {"quantize"}}
+        return {part for part, tree in gradients.items() if size(tree) > 1e-6}
+
+    of_images, of_z, of_quantized = map(parts, pull_each(variables["params"]))
+    assert of_images == {"encoder", "quant_conv", "decoder", "post_quant_conv"}
+    assert of_z == {"encoder", "quant_conv"}
+    assert of_quantized == {"quantize"}
 
 
 def test_normalising_a_zero_vector_is_finite_and_so_is_its_gradient():
@@ -181,7 +204,7 @@ def test_normalising_a_zero_vector_is_finite_and_so_is_its_gradient():
 # Codes
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.integers(1, 50), st.integers(1, 4), st.integers(1, 200), st.integers(0, 2**32 - 1))
 def test_the_search_in_parts_finds_the_nearest_code(V, d, most, seed):
     rng = np.random.default_rng(seed)
@@ -209,10 +232,10 @@ def test_the_search_needs_little_memory_for_many_places():
 
 
 @pytest.mark.parametrize("codebook_size", [60, 1100])
-def test_every_code_is_nearest_to_its_own_vector(codebook_size):
+def test_every_code_is_nearest_to_its_own_vector(tmp_path, codebook_size):
     config = dataclasses.replace(SMALL, codebook_size=codebook_size)
     model = VQTokenizer(config)
-    variables = {"params": init_tokenizer(config, jax.random.key(0))}
+    _, variables = pair(config, tmp_path)
     codes = jnp.arange(codebook_size).reshape(1, 2, -1)
     vectors = model.apply(variables, codes, method="lookup")
     np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=-1), 1, rtol=1e-6)
@@ -237,16 +260,18 @@ def test_initial_parameters_are_spread_as_documented():
     np.testing.assert_allclose(norms, 1, rtol=1e-6)
 
 
-def test_half_precision_stays_near_float32(tmp_path):
-    _, variables = pair(SMALL, tmp_path)
+def test_half_precision_stays_near_float32(weights):
+    _, variables = weights
     images = random_images(SMALL, 1, 16, 12)
-    exact = VQTokenizer(SMALL).apply(variables, images)
     half = dataclasses.replace(SMALL, dtype="bfloat16")
-    rough = VQTokenizer(half).apply(variables, images)
+    exact, rough = (jax.jit(VQTokenizer(c).apply)(variables, images) for c in (SMALL, half))
     assert rough.images.dtype == rough.z.dtype == rough.quantized.dtype == jnp.float32
     assert 1e-5 < np.abs(rough.z - exact.z).max() < 0.1
-    decode = lambda config: VQTokenizer(config).apply(variables, exact.quantized, method="decode")
-    assert 1e-5 < np.abs(decode(half) - decode(SMALL)).max() < 0.1
+    decoded = [
+        jax.jit(lambda v, c=c: VQTokenizer(c).apply(variables, v, method="decode"))(exact.quantized)
+        for c in (SMALL, half)
+    ]
+    assert 1e-5 < np.abs(decoded[0] - decoded[1]).max() < 0.1
 
 
 @pytest.mark.parametrize(
@@ -269,17 +294,12 @@ def test_images_that_do_not_fit_are_refused(shape, message):
 
 def test_bytes_survive_the_way_to_floats_and_back():
     x = np.arange(256, dtype=np.uint8)
-    floats = bytes_to_floats(x)
+    floats = bytes_to_floats(jnp.asarray(x))
     np.testing.assert_allclose(floats, x / 127.5 - 1, atol=1e-6)
     np.testing.assert_array_equal(floats_to_bytes(floats), x)
     far = floats_to_bytes(jnp.array([-7.0, 0.0, 7.0]))
     assert far.dtype == jnp.uint8
     np.testing.assert_array_equal(far, [0, 128, 255])
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    return pair(SMALL, tmp_path_factory.mktemp("weights"))
 
 
 def random_bytes(count: int, rows: int = 6, columns: int = 10) -> np.ndarray:

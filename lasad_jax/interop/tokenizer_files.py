@@ -1,7 +1,6 @@
 """Tokenizers as files with LlamaGen's tensor names and PyTorch's layout.
 
-Read from PyTorch's own format, as LlamaGen publishes them, or from safetensors; written as
-safetensors, with the configuration in the file's metadata.
+Read from torch files, as LlamaGen publishes them, or safetensors; written as safetensors.
 """
 
 import argparse
@@ -17,7 +16,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from lasad_jax.models.tokenizer import abstract_tokenizer
 from lasad_jax.models.tokenizer_config import TokenizerConfig
@@ -26,9 +25,8 @@ Tensors = dict[str, Float[np.ndarray, "..."]]
 # Name in the file -> keys in the tree of parameters, shape in the file.
 Layout = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
 
-# A buffer in which LlamaGen's training counts codes; nothing else reads it.
-_CODEBOOK_USED = "quantize.codebook_used"
-_CODEBOOK_USED_SIZE = 65536
+# A buffer of LlamaGen's training; nothing else reads it.
+_CODEBOOK_USED, _CODEBOOK_USED_SIZE = "quantize.codebook_used", 65536
 # Kernels (h, w, in, out) and (out, in, h, w); nothing else has four axes.
 _TO_TORCH, _FROM_TORCH = (3, 2, 0, 1), (2, 3, 1, 0)
 _LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "embedding": "embedding.weight"}
@@ -69,7 +67,7 @@ def load_tokenizer(path: str | Path) -> tuple[TokenizerConfig, PyTree[np.ndarray
     return config, unflatten_dict(params)
 
 
-def save_tokenizer(path: str | Path, config: TokenizerConfig, params: PyTree[Array]) -> None:
+def save_tokenizer(path: str | Path, config: TokenizerConfig, params: PyTree) -> None:
     """Writes a tokenizer so that the file is whole or not there at all.
 
     Args:
@@ -95,7 +93,7 @@ def save_tokenizer(path: str | Path, config: TokenizerConfig, params: PyTree[Arr
         temporary.unlink(missing_ok=True)
 
 
-def fingerprint(config: TokenizerConfig, params: PyTree[Array]) -> str:
+def fingerprint(config: TokenizerConfig, params: PyTree) -> str:
     """16 hex digits that tell apart tokenizers with other codes or other pictures.
 
     The start of the SHA-256 over the architecture (not the dtype of computing) and every
@@ -133,7 +131,7 @@ def _from_torch(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x.transpose(_FROM_TORCH) if x.ndim == 4 else x)
 
 
-def _to_tensors(params: PyTree[Array]) -> Tensors:
+def _to_tensors(params: PyTree) -> Tensors:
     flat = flatten_dict(params)
     return {_torch_name(keys): _to_torch(np.asarray(x, np.float32)) for keys, x in flat.items()}
 

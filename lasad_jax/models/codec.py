@@ -41,7 +41,7 @@ class TokenizerCodec:
     def __init__(
         self,
         config: TokenizerConfig,
-        params: PyTree[Array],
+        params: PyTree,
         *,
         batch_size: int = 32,
         devices: Sequence[jax.Device] | None = None,
@@ -86,7 +86,7 @@ class TokenizerCodec:
         """`lasad_jax.interop.tokenizer_files.fingerprint` of this tokenizer."""
         return fingerprint(self.config, self._params)
 
-    def encode(self, images: UInt8[np.ndarray, "N h w channels"]) -> Int32[np.ndarray, "N R*C"]:
+    def encode(self, images: UInt8[np.ndarray, "N h w channels"]) -> Int32[np.ndarray, "N L"]:
         """Codes in raster order of any number of images.
 
         Raises:
@@ -100,7 +100,7 @@ class TokenizerCodec:
 
     def encode_batch(
         self, images: UInt8[np.ndarray, "batch_size h w channels"]
-    ) -> Int32[Array, "batch_size R*C"]:
+    ) -> Int32[Array, "batch_size L"]:
         """Starts encoding one full batch and returns at once; reading the result waits for it.
 
         Raises:
@@ -115,7 +115,7 @@ class TokenizerCodec:
         return self._start(self._encode, images)
 
     def decode(
-        self, tokens: Integer[np.ndarray, "N R*C"], grid: tuple[int, int]
+        self, tokens: Integer[np.ndarray, "N L"], grid: tuple[int, int]
     ) -> UInt8[np.ndarray, "N h w channels"]:
         """Images of codes in raster order on a grid (R, C).
 

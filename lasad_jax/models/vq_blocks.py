@@ -114,7 +114,7 @@ class Downsample(nn.Module):
     config: TokenizerConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B 2*R 2*C D"]) -> Float[Array, "B R C D"]:
+    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B R C D"]:
         return Conv(self.config, x.shape[-1], stride=2, name="conv")(x)
 
 
@@ -124,6 +124,6 @@ class Upsample(nn.Module):
     config: TokenizerConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B R C D"]) -> Float[Array, "B 2*R 2*C D"]:
+    def __call__(self, x: Float[Array, "B R C D"]) -> Float[Array, "B h w D"]:
         x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
         return Conv(self.config, x.shape[-1], name="conv")(x)
