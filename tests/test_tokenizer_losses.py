@@ -109,26 +109,26 @@ def test_entropy_loss_at_the_default_temperature_stays_finite():
     assert all(np.all(np.isfinite(g)) and np.any(g) for g in gradients)
 
 
-def test_entropy_loss_is_the_same_in_parts(monkeypatch):
-    z, codebook = unit((2, 3, 4, 4), 0), unit((9, 4), 1)
-    f = jax.value_and_grad(lambda z, codebook: entropy_loss(z, codebook, 0.2), (0, 1))
-    whole = f(z, codebook)
-    # Room for 5 of the 12 places, of which 4 divide them; and for less than one.
-    for room in (5 * 2 * 9, 3):
+def test_entropy_loss_in_parts_is_the_same_and_takes_less_memory(monkeypatch):
+    z, codebook = unit((2, 4, 12, 4), 0), unit((1000, 4), 1)
+
+    def run():
+        loss = lambda z, codebook: entropy_loss(z, codebook, 0.2)
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(z, codebook).compile()
+        return compiled(z, codebook), compiled.memory_analysis().temp_size_in_bytes
+
+    whole, most = run()
+    assert most > 4 * 48 * 2 * 1000
+    # Room for 7 of the 48 places, of which 6 divide them; and for less than one.
+    for room, part in ((7 * 2 * 1000, 6), (3, 1)):
         monkeypatch.setattr(tokenizer_losses, "_MAX_AFFINITIES", room)
-        lengths = [
-            e.params["length"] for e in jax.make_jaxpr(f)(z, codebook).eqns if "length" in e.params
-        ]
-        assert set(lengths) == {3 if room > 3 else 12}
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), f(z, codebook), whole
-        )
+        got, least = run()
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, whole)
+        assert least < most * part / 48 + 100_000
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 9), st.integers(0, 99))
-def test_entropy_loss_is_least_when_all_codes_are_used_alike(V, seed):
-    del seed
+@pytest.mark.parametrize("V", [1, 2, 9])
+def test_entropy_loss_is_least_when_all_codes_are_used_alike(V):
     codebook = np.eye(9, dtype=np.float32)[:V]
     even = codebook[None, :, None]
     np.testing.assert_allclose(entropy_loss(even, codebook), -np.log(V), atol=1e-5)
