@@ -18,7 +18,7 @@ class Example(NamedTuple):
     label: int
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(ValueError):  # noqa: N818 -- what it is about, as in a report
     """An image that cannot be decoded.
 
     Attributes:
