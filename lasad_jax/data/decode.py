@@ -1,5 +1,6 @@
 """From an encoded image to bytes of one or three channels, whatever its file says."""
 
+import contextlib
 import io
 from pathlib import Path
 
@@ -44,7 +45,8 @@ def decode_image(
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             image.load()
-            return _to_bytes(_upright(image), channels, background)
+            _turn_upright(image)
+            return _to_bytes(image, channels, background)
     except UnreadableImage as error:
         raise UnreadableImage(name, error.reason) from None
     except MemoryError:
@@ -83,7 +85,7 @@ def to_pillow(image: UInt8[np.ndarray, "H W C"]) -> Image.Image:
 
 def from_pillow(image: Image.Image) -> UInt8[np.ndarray, "H W C"]:
     """The pixels of a Pillow image of mode L or RGB."""
-    array = np.array(image)
+    array = np.asarray(image)
     return array[..., None] if array.ndim == 2 else array
 
 
@@ -92,8 +94,9 @@ def _to_bytes(image: Image.Image, channels: int, background: int) -> np.ndarray:
         image = _eight_bit(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, (background, background, background, 255))
-        image = Image.alpha_composite(canvas, image)
+        canvas = Image.new("RGB", image.size, (background, background, background))
+        canvas.paste(image, mask=image)
+        image = canvas
     if image.mode not in ("L", "RGB"):
         # By way of RGB: Pillow takes a palette's or CMYK's grey from it too.
         image = image.convert("L" if image.mode == "1" else "RGB")
@@ -109,11 +112,10 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(np.rint(values / 257).astype(np.uint8))
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged tags say nothing about the pixels, which are loaded by now
-        return image
+def _turn_upright(image: Image.Image) -> None:
+    # Damaged tags say nothing about the pixels, which are loaded by now.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _reason(error: Exception) -> str:

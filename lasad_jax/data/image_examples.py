@@ -1,6 +1,7 @@
 """Images as training examples: from memory where they fit, from their files where they do not."""
 
 import math
+import os
 
 import numpy as np
 from absl import logging
@@ -53,6 +54,12 @@ class ImageExamples:
                 data, split, channels=channels, size=self._read_size, progress=progress
             )
             self._images = loaded.images
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that make batches best: all cores to decode files, but from memory two, as
+        more only contend for the interpreter."""
+        return 2 if self._images is not None else os.cpu_count() or 1
 
     @property
     def size(self) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """Training a tokenizer on images: what the loop asks, answered."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -91,7 +90,7 @@ class TokenizerTask:
             start_step=start_step,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            num_threads=os.cpu_count(),
+            num_threads=self._training.num_threads,
         )
 
     def evaluate(self, state: TokenizerState, mesh: Mesh) -> dict[str, float]:

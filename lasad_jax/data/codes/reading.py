@@ -64,12 +64,14 @@ class CodeExamples:
         shards = np.searchsorted(self._ends, rows, side="right")
         starts = np.append(0, self._ends[:-1])
         places = (rows - starts[shards]) * self.num_augmentations + augmentations
-        # One call for each shard: its rows lie together in this order.
+        # One call for each shard: in this order its rows lie together.
         order = np.argsort(shards, kind="stable")
-        names, firsts = np.unique(shards[order], return_index=True)
-        content = []
-        for shard, group in zip(names.tolist(), np.split(order, firsts[1:]), strict=True):
-            content.extend(self._reader(shard).read(places[group].tolist()))
+        ends = np.searchsorted(shards[order], np.arange(len(self._paths)), side="right")
+        content, start = [], 0
+        wanted = places[order].tolist()
+        for shard in np.unique(shards).tolist():
+            content += self._reader(shard).read(wanted[start : ends[shard]])
+            start = ends[shard]
         records = np.frombuffer(b"".join(content), self._dtype)
         batch = {
             "tokens": np.empty((len(rows), *records["codes"].shape[1:]), np.int32),
