@@ -1,11 +1,19 @@
 """What every command shares: one line for an error, a compilation cache, quiet libraries."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from absl import app, logging
+from absl import app, flags, logging
+
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Join the other processes of a TPU pod or Slurm job; elsewhere JAX_COORDINATOR_ADDRESS, "
+    "JAX_NUM_PROCESSES and JAX_PROCESS_ID say which they are.",
+)
 
 
 def run(main: Callable[[], None]) -> None:
@@ -20,6 +28,8 @@ def run(main: Callable[[], None]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unknown argument {argv[1]!r}; flags begin with --")
         try:
+            if _DISTRIBUTED.value:
+                _join_processes()
             main()
         except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
             sys.exit(f"{type(error).__name__}: {error}")
@@ -27,6 +37,13 @@ def run(main: Callable[[], None]) -> None:
     logging.set_verbosity(logging.WARNING)
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lasad_jax"))
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _join_processes() -> None:
+    number = lambda name: int(os.environ[name]) if name in os.environ else None
+    jax.distributed.initialize(
+        num_processes=number("JAX_NUM_PROCESSES"), process_id=number("JAX_PROCESS_ID")
+    )
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
