@@ -50,6 +50,14 @@ _UNREADABLE = flags.DEFINE_float(
 )
 
 
+_DTYPE = flags.DEFINE_enum(
+    "dtype",
+    "float32",
+    ("float32", "bfloat16"),
+    "The tokenizer's precision; bfloat16 is several times faster and changes some codes.",
+)
+
+
 def tokenize(tokenizer: Path, out: Path) -> None:
     """Writes the codes that the flags ask for."""
     config, params, data = load_any_tokenizer(tokenizer)
@@ -67,12 +75,14 @@ def tokenize(tokenizer: Path, out: Path) -> None:
         vocab_size=config.codebook_size,
         views={split: view_names(*crop) for split, crop in crops.items()},
         images_per_shard=_SHARD.value,
+        dtype=_DTYPE.value,
     )
     out.mkdir(parents=True, exist_ok=True)
     store_job(out, job, jax.process_index())
     if jax.process_index() == 0:
         save_tokenizer(out / TOKENIZER_FILE, config, params)
-    codec = TokenizerCodec(config, params, batch_size=_BATCH.value)
+    computing = dataclasses.replace(config, dtype=_DTYPE.value)
+    codec = TokenizerCodec(computing, params, batch_size=_BATCH.value)
     fit = {"size": size, "fit": data.fit, "background": data.background}
     manifest = write_codes(
         out,

@@ -15,6 +15,7 @@ from lasad_jax.data.codes import CodeExamples, read_manifest
 from lasad_jax.data.images import load_images
 from lasad_jax.data.loader import Examples, TokenExamples
 from lasad_jax.data.pixel_tokens import PixelCodec
+from lasad_jax.data.sources import SPLITS
 from lasad_jax.interop.tokenizer_files import fingerprint, load_tokenizer
 from lasad_jax.models.codec import TokenizerCodec
 
@@ -64,20 +65,16 @@ def load_tokens(data: DataConfig) -> TokenData:
     """
     if data.source == "codes":
         return _load_codes(data)
-    images = {split: load_images(data, split) for split in ("train", "test")}
-    training, held_out = (
-        TokenExamples(codec.encode(part.images), part.labels)
-        for codec in [PixelCodec(data.levels)]
-        for part in images.values()
-    )
+    codec = PixelCodec(data.levels)
+    training, held_out = (load_images(data, split) for split in SPLITS)
     return TokenData(
-        training,
-        held_out,
-        grid=images["train"].images.shape[1:3],
+        TokenExamples(codec.encode(training.images), training.labels),
+        TokenExamples(codec.encode(held_out.images), held_out.labels),
+        grid=training.images.shape[1:3],
         vocab_size=data.levels,
-        class_names=images["train"].class_names,
+        class_names=training.class_names,
         tokenizer=None,
-        load_codec=functools.partial(PixelCodec, data.levels),
+        load_codec=lambda: codec,
     )
 
 

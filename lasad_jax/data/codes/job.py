@@ -49,6 +49,7 @@ class Job:
       class_names: of labels 0, 1, ...
       images_per_shard: shard s of a split is for images [s * K, (s + 1) * K) of its source,
         so that the number of processes decides nothing.
+      dtype: that the tokenizer computes in.
       format: of the files.
 
     Raises:
@@ -63,6 +64,7 @@ class Job:
     images: dict[str, int]
     class_names: tuple[str, ...]
     images_per_shard: int = 8192
+    dtype: str = "float32"
     format: int = FORMAT
 
     def __post_init__(self):
