@@ -14,7 +14,7 @@ from lasad_jax.config import default_tokenizer_config
 def get_config() -> ml_collections.ConfigDict:
     """The recipe."""
     config = default_tokenizer_config()
-    config.steps = 5000
+    config.steps = 3000
     config.batch_size = 64
     config.log_every = 100
     config.eval_every = 1000

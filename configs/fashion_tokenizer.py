@@ -15,7 +15,7 @@ from lasad_jax.config import default_tokenizer_config
 def get_config() -> ml_collections.ConfigDict:
     """The recipe."""
     config = default_tokenizer_config()
-    config.steps = 3000
+    config.steps = 2000
     config.batch_size = 128
     config.log_every = 100
     config.eval_every = 1000
