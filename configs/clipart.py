@@ -13,11 +13,11 @@ from lasad_jax.models import SIZES
 def get_config() -> ml_collections.ConfigDict:
     """The recipe."""
     config = default_config()
-    config.steps = 6000
+    config.steps = 3000
     config.batch_size = 64
     config.log_every = 100
     config.eval_every = 500
-    config.sample_every = 2000
+    config.sample_every = 1500
     config.save_every = 500
     config.num_samples = 88
     config.data.update(source="codes", directory="data/clipart")

@@ -1,4 +1,4 @@
-"""A tokenizer for Fashion-MNIST, padded to 32x32: 8x8 of 512 codes.
+"""A tokenizer for Fashion-MNIST, padded to 32x32: 8x8 of 4096 codes.
 
     python -m lasad_jax.train_tokenizer --config=configs/fashion_tokenizer.py \\
         --workdir=runs/fashion_tokenizer
@@ -15,7 +15,7 @@ from lasad_jax.config import default_tokenizer_config
 def get_config() -> ml_collections.ConfigDict:
     """The recipe."""
     config = default_tokenizer_config()
-    config.steps = 2000
+    config.steps = 3000
     config.batch_size = 128
     config.log_every = 100
     config.eval_every = 1000
@@ -27,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
         channels=1,
         width=64,
         multipliers=(1, 2, 4),
-        codebook_size=512,
+        codebook_size=4096,
         latent_channels=128,
         dtype="bfloat16",
     )

@@ -2,11 +2,13 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from PIL import Image
 
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
@@ -35,6 +37,8 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(f"{type(error).__name__}: {error}")
 
     logging.set_verbosity(logging.WARNING)
+    # Pillow warns of images above half its limit on pixels; above the limit it refuses them.
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lasad_jax"))
     app.run(guarded, flags_parser=_parse_flags)
 
