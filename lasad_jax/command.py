@@ -21,9 +21,9 @@ _DISTRIBUTED = flags.DEFINE_bool(
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and runs `main`, an entry point's whole work.
 
-    Errors that a user can mend (a bad value, a missing file, a loss that is not finite) end
-    the program with status 1 and one line. Compiled programs are kept in the user's cache,
-    so that the same command starts faster the next time.
+    Errors that a user can mend (a bad value, a missing file, a full disk, a loss that is not
+    finite) end the program with status 1 and one line. Compiled programs are kept in the
+    user's cache, so that the same command starts faster the next time.
     """
 
     def guarded(argv: list[str]) -> None:
@@ -33,7 +33,7 @@ def run(main: Callable[[], None]) -> None:
             if _DISTRIBUTED.value:
                 _join_processes()
             main()
-        except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+        except (ValueError, OSError, FloatingPointError, ImportError) as error:
             sys.exit(f"{type(error).__name__}: {error}")
 
     logging.set_verbosity(logging.WARNING)

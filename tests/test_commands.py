@@ -73,8 +73,8 @@ def test_sample_complete_and_evaluate(workdir):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--classes=3,12", "labels: 12 is no class"),
-        ("--classes=cat", "classes: .* must be numbers"),
+        ("--classes=3,12", "classes: '12' is no class; there are 0 to 9"),
+        ("--classes=cat", "classes: 'cat' is no class"),
         ("--step=3", r"step: 3 has no checkpoint .* \[2, 4\]"),
         ("--top_p=2", "sampling.top_p: 2.0 must be in"),
         ("--rows=3 stray", "unknown argument 'stray'"),

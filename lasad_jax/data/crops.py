@@ -226,5 +226,5 @@ def _check_covers(image: np.ndarray, size: tuple[int, int]) -> None:
 def _check_views(crops: str, ratios: Sequence[float]) -> None:
     if crops not in CROPS:
         raise ValueError(f"crops is {crops!r}; choose one of {', '.join(CROPS)}")
-    if crops == "ten" and not (ratios and all(ratio >= 1 for ratio in ratios)):
+    if crops == "ten" and not (ratios and all(1 <= ratio < math.inf for ratio in ratios)):
         raise ValueError(f"ratios is {tuple(ratios)}; crops='ten' needs one or more, each >= 1")

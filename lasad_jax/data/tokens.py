@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from jaxtyping import Integer, UInt8
+from jaxtyping import Integer, PyTree, UInt8
 
 from lasad_jax.config import DataConfig
 from lasad_jax.data.codes import CodeExamples, read_manifest
@@ -18,6 +18,7 @@ from lasad_jax.data.pixel_tokens import PixelCodec
 from lasad_jax.data.sources import SPLITS
 from lasad_jax.interop.tokenizer_files import fingerprint, load_tokenizer
 from lasad_jax.models.codec import TokenizerCodec
+from lasad_jax.models.tokenizer_config import TokenizerConfig
 
 # In a folder of codes, and copied from there into the run of a generator trained on them.
 TOKENIZER_FILE = "tokenizer.safetensors"
@@ -86,28 +87,34 @@ def _load_codes(data: DataConfig) -> TokenData:
             f"data.directory: the codes in {folder} were made by tokenizer {job.tokenizer}, "
             f"not by data.tokenizer={data.tokenizer!r}; name other codes or clear the field"
         )
+    tokenizer = (folder / TOKENIZER_FILE, job.tokenizer)
     return TokenData(
         CodeExamples(folder, "train"),
         CodeExamples(folder, "test"),
         grid=job.grid,
         vocab_size=job.vocab_size,
         class_names=job.class_names,
-        tokenizer=(folder / TOKENIZER_FILE, job.tokenizer),
-        load_codec=functools.partial(_tokenizer_codec, folder, job.tokenizer),
+        tokenizer=tokenizer,
+        load_codec=lambda: TokenizerCodec(*_load_checked(*tokenizer)),
     )
 
 
 def check_run_tokens(tokens: TokenData, workdir: Path) -> None:
-    """Refuses to go on with a run whose tokens another tokenizer has made.
+    """Refuses to go on with a run whose tokens another tokenizer has made, and to begin one
+    with another tokenizer's file beside the codes.
 
     Raises:
       ValueError: naming both fingerprints.
+      FileNotFoundError: codes without their tokenizer's file.
     """
-    copy = Path(workdir) / TOKENIZER_FILE
-    if tokens.tokenizer is None or not copy.exists():
+    if tokens.tokenizer is None:
         return
-    theirs, ours = fingerprint(*load_tokenizer(copy)), tokens.tokenizer[1]
-    if theirs != ours:
+    file, ours = tokens.tokenizer
+    copy = Path(workdir) / TOKENIZER_FILE
+    if not copy.exists():
+        _load_checked(file, ours)
+        return
+    if (theirs := fingerprint(*load_tokenizer(copy))) != ours:
         raise ValueError(
             f"data.directory: its codes were made by tokenizer {ours}, but the run in {workdir} "
             f"was trained on those of {theirs}; give the codes of that one or another workdir"
@@ -137,14 +144,14 @@ def load_class_names(workdir: Path) -> tuple[str, ...] | None:
     return tuple(json.loads(path.read_text())) if path.exists() else None
 
 
-def _tokenizer_codec(folder: Path, expected: str) -> TokenizerCodec:
-    config, params = load_tokenizer(folder / TOKENIZER_FILE)
+def _load_checked(file: Path, expected: str) -> tuple[TokenizerConfig, PyTree]:
+    config, params = load_tokenizer(file)
     if (found := fingerprint(config, params)) != expected:
         raise ValueError(
-            f"data.directory: {folder / TOKENIZER_FILE} has fingerprint {found}, but the codes "
-            f"beside it were made by {expected}; put back the file they were made with"
+            f"data.directory: {file} has fingerprint {found}, but the codes beside it were made "
+            f"by {expected}; put back the file they were made with"
         )
-    return TokenizerCodec(config, params)
+    return config, params
 
 
 def _write_whole(path: Path, write: Callable[[Path], object]) -> None:

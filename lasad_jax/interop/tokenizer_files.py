@@ -83,9 +83,11 @@ def save_tokenizer(path: str | Path, config: TokenizerConfig, params: PyTree) ->
     tensors = _to_tensors(params)
     _check_shapes(path, _layout(config), tensors)
     tensors[_CODEBOOK_USED] = np.zeros(_CODEBOOK_USED_SIZE, np.float32)
-    metadata = {"format": "pt", "config": json.dumps(dataclasses.asdict(config))}
+    # One entry only: safetensors writes several in an order that changes from run to run.
+    metadata = {"config": json.dumps(dataclasses.asdict(config))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # The same name each time: what a killed process leaves, the next one takes over.
+    temporary = path.with_name(f"{path.name}.tmp")
     try:
         safetensors.numpy.save_file(tensors, temporary, metadata)
         os.replace(temporary, path)

@@ -1,0 +1,77 @@
+"""The tokenize command on a few random colour images, with a tokenizer that is not trained."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader
+from PIL import Image
+from tiny import ROOT, environment
+from tiny_tokenizer import tiny_tokenizer_config
+
+from lasad_jax.data.codes import read_manifest
+from lasad_jax.interop.tokenizer_files import fingerprint, save_tokenizer
+from lasad_jax.models.codec import TokenizerCodec
+from lasad_jax.models.tokenizer import init_tokenizer
+
+CLASSES = ("cats", "dogs", "eels")
+SIZE = (8, 12)
+GRID = (4, 6)
+VOCAB_SIZE = 16
+
+
+def write_tokenizer(path: Path, seed: int = 0) -> TokenizerCodec:
+    """A tokenizer's file, and the same at work."""
+    config = tiny_tokenizer_config(model={"channels": 3}).model
+    params = init_tokenizer(config, jax.random.key(seed))
+    save_tokenizer(path, config, params)
+    codec = TokenizerCodec(config, params, devices=jax.devices()[:1])
+    assert codec.fingerprint == fingerprint(config, params)
+    return codec
+
+
+def write_images(folder: Path, count: int, sizes=(SIZE,), seed: int = 0) -> None:
+    """Random pictures train/cats/0000.png, train/dogs/0001.png, ..., of each size in turn."""
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        path = folder / CLASSES[i % 3] / f"{i:04d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (*sizes[i % len(sizes)], 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+
+
+def command(*flags) -> list[str]:
+    return [sys.executable, "-m", "lasad_jax.tokenize", *map(str, flags)]
+
+
+def run(command: list[str], *, fails: bool = False) -> str:
+    """What a command says, which must be no traceback; it must fail or must not."""
+    result = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (result.returncode != 0) == fails, result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stdout + result.stderr
+
+
+def tokenize(*flags, fails: bool = False) -> str:
+    return run(command(*flags), fails=fails)
+
+
+def read_records(out: Path, split: str) -> np.ndarray:
+    """All records of a split in the order of its files."""
+    job = read_manifest(out).job
+    content = []
+    for path in sorted(out.glob(f"{split}-*.arrayrecord")):
+        reader = ArrayRecordReader(str(path))
+        content += reader.read_all()
+        reader.close()
+    return np.frombuffer(b"".join(content), job.record_dtype)
