@@ -89,6 +89,15 @@ def test_a_torch_file_and_its_safetensors_are_one_tokenizer(tmp_path, config, wr
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.safetensors"]
 
 
+def test_a_tokenizer_saved_again_gives_the_same_bytes(tmp_path):
+    params = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), abstract_tokenizer(SMALL))
+    contents = set()
+    for _ in range(8):
+        save_tokenizer(tmp_path / "a.safetensors", SMALL, params)
+        contents.add((tmp_path / "a.safetensors").read_bytes())
+    assert len(contents) == 1
+
+
 def test_safetensors_without_metadata_and_without_the_counting_buffer_are_read(tmp_path, model):
     state = {name: x.numpy() for name, x in model.state_dict().items()}
     del state["quantize.codebook_used"]

@@ -22,8 +22,8 @@ GRID = (4, 6)
 VOCAB_SIZE = 16
 
 
-def write_tokenizer(path: Path, seed: int = 0) -> TokenizerCodec:
-    """A tokenizer's file, and the same at work."""
+def write_tokenizer(path: Path, seed: int = 9) -> TokenizerCodec:
+    """A tokenizer's file, and the same at work; the default seed's uses all codes."""
     config = tiny_tokenizer_config(model={"channels": 3}).model
     params = init_tokenizer(config, jax.random.key(seed))
     save_tokenizer(path, config, params)
@@ -33,13 +33,19 @@ def write_tokenizer(path: Path, seed: int = 0) -> TokenizerCodec:
 
 
 def write_images(folder: Path, count: int, sizes=(SIZE,), seed: int = 0) -> None:
-    """Random pictures train/cats/0000.png, train/dogs/0001.png, ..., of each size in turn."""
+    """Pictures cats/0000.png, dogs/0001.png, eels/0002.png, ..., of each size in turn."""
     rng = np.random.default_rng(seed)
     for i in range(count):
         path = folder / CLASSES[i % 3] / f"{i:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pixels = rng.integers(0, 256, (*sizes[i % len(sizes)], 3), np.uint8)
-        Image.fromarray(pixels).save(path)
+        Image.fromarray(random_picture(rng, sizes[i % len(sizes)])).save(path)
+
+
+def random_picture(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarray:
+    """Noisy blocks of random colours, which use more codes than noise alone."""
+    blocks = rng.integers(0, 256, (-(-size[0] // 4), -(-size[1] // 4), 3), np.uint8)
+    picture = blocks.repeat(4, 0).repeat(4, 1)[: size[0], : size[1]].astype(np.int64)
+    return np.clip(picture + rng.integers(-20, 21, picture.shape), 0, 255).astype(np.uint8)
 
 
 def command(*flags) -> list[str]:
