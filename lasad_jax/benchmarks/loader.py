@@ -2,9 +2,10 @@
 
     python -m lasad_jax.benchmarks.loader [--images=100000] [--augmentations=10] [--tokens=256]
 
-By default there are as many shards as ImageNet has, each with fewer images. Writes the codes to a temporary folder, in shards as `lasad_jax.tokenize` does, and prints
-samples a second of `train_batches` and, to show what bounds it, of each step below it. The
-files are then in the page cache, unlike those of a data set larger than the memory.
+Writes the codes to a temporary folder, by default in as many shards as ImageNet's though
+smaller ones, and prints samples a second of `train_batches` and, to show what bounds it, of
+each step below it. The files are then in the page cache; those of a data set larger than the
+memory come from the disk instead.
 """
 
 import statistics
