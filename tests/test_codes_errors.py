@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
 from small_codes import (
     KilledError,
     encode,
@@ -137,11 +138,23 @@ def test_a_folder_without_a_whole_manifest_is_refused(tmp_path):
             read_manifest(tmp_path)
 
 
-def test_a_file_that_was_not_written_whole_never_gets_its_name(tmp_path):
-    (tmp_path / "train-00000-of-00004.arrayrecord.tmp").mkdir()
-    with pytest.raises(OSError):
+def test_a_file_that_was_not_written_whole_never_gets_its_name(tmp_path, monkeypatch):
+    class FullDisk(ArrayRecordWriter):
+        """Loses what it is given, and says nothing."""
+
+        def write(self, record):
+            pass
+
+    monkeypatch.setattr("lasad_jax.data.codes.shard.ArrayRecordWriter", FullDisk)
+    with pytest.raises(OSError, match="has 0 of 21 records after writing; is the disk full"):
         write(tmp_path)
-    assert not (tmp_path / "train-00000-of-00004.arrayrecord").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["job.json"]
+
+
+def test_the_share_of_unreadable_images_is_not_rounded_down_by_a_hair(tmp_path):
+    sources = small_sources(train=100, broken=range(29))
+    assert 0.29 * 100 < 29
+    assert write(tmp_path, sources, max_unreadable=0.29).splits["train"].images == 71
 
 
 def test_unreadable_images_beyond_the_share_stop_the_run(tmp_path):
