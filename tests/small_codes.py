@@ -84,3 +84,19 @@ def write(directory, sources=None, *, job=None, **changes):
 
 def files_of(directory) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+class KilledError(Exception):
+    """Stands for the death of the process."""
+
+
+def failing_at(call: int):
+    """`encode` that dies in its `call`-th call."""
+    calls = iter(range(call + 1))
+
+    def dying(pixels):
+        if next(calls) == call:
+            raise KilledError
+        return encode(pixels)
+
+    return dying
