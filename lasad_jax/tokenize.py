@@ -48,8 +48,6 @@ _SHARD = flags.DEFINE_integer("images_per_shard", 8192, "Images per file.", 1)
 _UNREADABLE = flags.DEFINE_float(
     "max_unreadable", 0.001, "Share of images that may be unreadable; they are listed.", 0, 1
 )
-
-
 _DTYPE = flags.DEFINE_enum(
     "dtype",
     "float32",

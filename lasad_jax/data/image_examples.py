@@ -50,10 +50,14 @@ class ImageExamples:
         self._read_size = size_before_crop(self._size, share)
         self._images = None
         if len(self._source) * math.prod(self._read_size) * channels <= _MEMORY:
-            loaded = load_images(
-                data, split, channels=channels, size=self._read_size, progress=progress
-            )
-            self._images = loaded.images
+            self._images = load_images(
+                data,
+                split,
+                channels=channels,
+                size=self._read_size,
+                progress=progress,
+                source=self._source,
+            ).images
 
     @property
     def num_threads(self) -> int:

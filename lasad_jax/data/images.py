@@ -44,6 +44,7 @@ def load_images(
     size: tuple[int, int] | None = None,
     progress: bool = False,
     max_unreadable: float = 0.001,
+    source: ImageSource | None = None,
 ) -> ImageSet:
     """Reads one split of a source whole, on a pool of threads.
 
@@ -56,13 +57,15 @@ def load_images(
       progress: show a progress bar.
       max_unreadable: share of the images that may be unreadable; these are left out, with
         a warning that lists them.
+      source: the split, where it is open already.
 
     Raises:
       ValueError: more unreadable images, or images of different sizes; and what
         `open_source` refuses.
       FileNotFoundError: a missing directory or file.
     """
-    source = open_source(data, split, channels=channels)
+    if source is None:
+        source = open_source(data, split, channels=channels)
     size = tuple(data.image_size if size is None else size)
 
     def read(index: int) -> tuple[np.ndarray, int] | UnreadableImage:

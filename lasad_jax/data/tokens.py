@@ -1,6 +1,5 @@
 """From a configuration to tokens and back to images: quantised pixels, or stored codes."""
 
-import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from lasad_jax.data.images import load_images
 from lasad_jax.data.loader import Examples, TokenExamples
 from lasad_jax.data.pixel_tokens import PixelCodec
 from lasad_jax.data.sources import SPLITS
+from lasad_jax.files import whole_file
 from lasad_jax.interop.tokenizer_files import fingerprint, load_tokenizer
 from lasad_jax.models.codec import TokenizerCodec
 from lasad_jax.models.tokenizer_config import TokenizerConfig
@@ -124,11 +124,11 @@ def check_run_tokens(tokens: TokenData, workdir: Path) -> None:
 def store_run_tokens(tokens: TokenData, workdir: Path) -> None:
     """Puts beside a run's config.json what turns its tokens into labelled pictures."""
     workdir = Path(workdir)
-    write = lambda path: path.write_text(json.dumps(tokens.class_names) + "\n")
-    _write_whole(workdir / _CLASSES_FILE, write)
+    with whole_file(workdir / _CLASSES_FILE) as file:
+        file.write_text(json.dumps(tokens.class_names) + "\n")
     if tokens.tokenizer is not None and not (workdir / TOKENIZER_FILE).exists():
-        copy = functools.partial(shutil.copyfile, tokens.tokenizer[0])
-        _write_whole(workdir / TOKENIZER_FILE, copy)
+        with whole_file(workdir / TOKENIZER_FILE) as file:
+            shutil.copyfile(tokens.tokenizer[0], file)
 
 
 def load_run_codec(data: DataConfig, workdir: Path) -> Codec:
@@ -152,9 +152,3 @@ def _load_checked(file: Path, expected: str) -> tuple[TokenizerConfig, PyTree]:
             f"by {expected}; put back the file they were made with"
         )
     return config, params
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    write(temporary)
-    temporary.replace(path)

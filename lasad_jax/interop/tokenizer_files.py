@@ -7,7 +7,6 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Float, PyTree
 
+from lasad_jax.files import whole_file
 from lasad_jax.models.tokenizer import abstract_tokenizer
 from lasad_jax.models.tokenizer_config import TokenizerConfig
 
@@ -85,14 +85,8 @@ def save_tokenizer(path: str | Path, config: TokenizerConfig, params: PyTree) ->
     tensors[_CODEBOOK_USED] = np.zeros(_CODEBOOK_USED_SIZE, np.float32)
     # One entry only: safetensors writes several in an order that changes from run to run.
     metadata = {"config": json.dumps(dataclasses.asdict(config))}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The same name each time: what a killed process leaves, the next one takes over.
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        safetensors.numpy.save_file(tensors, temporary, metadata)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as file:
+        safetensors.numpy.save_file(tensors, file, metadata)
 
 
 def fingerprint(config: TokenizerConfig, params: PyTree) -> str:

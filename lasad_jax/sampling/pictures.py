@@ -1,15 +1,14 @@
 """Samples as files: a labelled picture to look at, an .npz to compute with."""
 
-import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import BinaryIO
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Integer, UInt8
 from PIL import Image, ImageDraw, ImageFont
+
+from lasad_jax.files import whole_file
 
 _WHITE = (255, 255, 255)
 _INK = (70, 70, 70)
@@ -81,7 +80,7 @@ def image_grid(
 
 def write_png(path: str | os.PathLike, image: Image.Image) -> None:
     """Writes a PNG; the file appears whole or not at all."""
-    with _whole_file(path) as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         image.save(file, format="PNG")
 
 
@@ -99,22 +98,8 @@ def write_npz(
       ValueError: a wrong dtype or shape.
     """
     _check_images(images, labels)
-    with _whole_file(path) as file:
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, images, labels)
-
-
-@contextlib.contextmanager
-def _whole_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a rename is atomic only within one file system.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _check_images(images: np.ndarray, labels: np.ndarray | None) -> None:

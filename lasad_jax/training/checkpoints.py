@@ -7,6 +7,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
 from lasad_jax.config import RunConfig, config_to_json, load_config
+from lasad_jax.files import whole_file
 
 
 class Checkpoints:
@@ -92,8 +93,5 @@ def check_config(config: RunConfig, workdir: Path) -> None:
 
 def store_config(config: RunConfig, workdir: Path) -> None:
     """Writes config.json, making the folder if it is missing."""
-    path = Path(workdir) / "config.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(config_to_json(config))
-    temporary.replace(path)
+    with whole_file(Path(workdir) / "config.json") as file:
+        file.write_text(config_to_json(config))

@@ -11,6 +11,8 @@ from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from lasad_jax.files import whole_file
+
 
 class Metrics:
     """metrics.jsonl and TensorBoard events of a run directory.
@@ -22,9 +24,8 @@ class Metrics:
     def __init__(self, workdir: Path, start_step: int):
         self.path = Path(workdir) / "metrics.jsonl"
         kept = [row for row in read_metrics(self.path) if row["step"] <= start_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        temporary.replace(self.path)
+        with whole_file(self.path) as file:
+            file.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from lasad_jax.config.sections import RECONSTRUCTION_LOSSES
+from lasad_jax.models.quantizer import l2_normalize
 
 _EXACT = jax.lax.Precision.HIGHEST
 _MAX_AFFINITIES = 2**26  # 256 MB of float32
@@ -66,7 +67,7 @@ def entropy_loss(
     """
     d = z.shape[-1]
     z = z.astype(jnp.float32).reshape(z.shape[0], -1, d)
-    codebook = _unit(codebook)
+    codebook = l2_normalize(codebook)
     half_square = jnp.sum(jnp.square(codebook), -1) / 2
     B, places, _ = z.shape
     # Places and not images a few at a time: the images may be split over devices.
@@ -130,12 +131,6 @@ def revive(
     rank = jnp.cumsum(dead) - 1  # of a dead code among the dead
     rows = jax.random.permutation(row_key, M)[rank % M]
     noise = jax.random.normal(noise_key, codebook.shape) * _REPEAT_NOISE
-    fresh = _unit(z_flat)[rows] + jnp.where(rank >= M, 1.0, 0.0)[:, None] * noise
-    new = jnp.where(dead[:, None], _unit(fresh).astype(codebook.dtype), codebook)
+    fresh = l2_normalize(z_flat)[rows] + jnp.where(rank >= M, 1.0, 0.0)[:, None] * noise
+    new = jnp.where(dead[:, None], l2_normalize(fresh).astype(codebook.dtype), codebook)
     return new, dead
-
-
-def _unit(x: Float[Array, "N d"]) -> Float[Array, "N d"]:
-    """Rows at length 1, in float32; a zero row stays zero."""
-    x = x.astype(jnp.float32)
-    return x / jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), -1, keepdims=True), 1e-24))
