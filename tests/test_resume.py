@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny import ROOT, command, environment, one_device_mesh, tiny_config, train_steps
 
-from lasad_jax.training import loop
+from lasad_jax.training import generator_task, loop
 from lasad_jax.training.checkpoints import Checkpoints
 from lasad_jax.training.metrics import read_metrics
 from lasad_jax.training.state import abstract_state
@@ -118,7 +118,7 @@ def test_a_finished_run_stays_as_it_is_and_more_steps_go_on(run, monkeypatch):
     before = contents(workdir / "checkpoints")
     rows = losses(workdir)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "make_train_step", lambda _: pytest.fail)
+        patch.setattr(generator_task, "make_train_step", lambda _: pytest.fail)
         loop.train(config, workdir)
     assert contents(workdir / "checkpoints") == before
     assert losses(workdir) == rows
@@ -157,7 +157,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path, monkeypatch):
     def make_rising(_):
         return lambda params, batch: (jnp.abs(params["head"]["kernel"]).sum(), jnp.ones(()))
 
-    monkeypatch.setattr(loop, "make_eval_step", make_rising)
+    monkeypatch.setattr(generator_task, "make_eval_step", make_rising)
     config = tiny_config(steps=11, eval_every=4, save_every=2, keep_last=2)
     loop.train(config, tmp_path)
     measured = [

@@ -65,12 +65,15 @@ class RunConfig:
 
     def architecture(self) -> dict[str, Any]:
         """The fields that a stored state depends on, by name: they cannot change in a run."""
-        model = {
+        return {
             f"model.{name}": value
             for name, value in dataclasses.asdict(self.model).items()
             if name not in _FREE_MODEL_FIELDS
         }
-        return model | {"optimizer.ema_decay > 0": self.optimizer.ema_decay > 0}
+
+    def switches(self) -> dict[str, float]:
+        """Fields of which the state depends only on whether they are 0, by name."""
+        return {"optimizer.ema_decay": self.optimizer.ema_decay}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +120,12 @@ class TokenizerRunConfig(RunConfig):
 
     def architecture(self) -> dict[str, Any]:
         """As above; with a discriminator, its size too."""
-        losses = self.losses
-        adversarial = {"losses.adversarial_weight > 0": losses.adversarial_weight > 0}
-        if losses.adversarial_weight:
-            adversarial["losses.discriminator_width"] = losses.discriminator_width
-            adversarial["losses.discriminator_layers"] = losses.discriminator_layers
-        return super().architecture() | adversarial
+        sizes = ("discriminator_width", "discriminator_layers")
+        names = sizes if self.losses.adversarial_weight else ()
+        return super().architecture() | {
+            f"losses.{name}": getattr(self.losses, name) for name in names
+        }
+
+    def switches(self) -> dict[str, float]:
+        """As above, and whether there is a discriminator."""
+        return super().switches() | {"losses.adversarial_weight": self.losses.adversarial_weight}

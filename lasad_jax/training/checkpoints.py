@@ -78,11 +78,17 @@ def check_config(config: RunConfig, workdir: Path) -> None:
     """
     if not (Path(workdir) / "config.json").exists():
         return
-    stored = load_config(workdir, type(config)).architecture()
+    stored = load_config(workdir, type(config))
+    there, switches = stored.architecture(), stored.switches()
     differing = [
-        f"{name}: {stored.get(name)!r} there, {value!r} now"
+        f"{name}: {there[name]!r} there, {value!r} now"
         for name, value in config.architecture().items()
-        if stored.get(name) != value
+        if name in there and there[name] != value
+    ]
+    differing += [
+        f"{name}: {switches[name]!r} there, {value!r} now"
+        for name, value in config.switches().items()
+        if bool(switches[name]) != bool(value)
     ]
     if differing:
         raise ValueError(
