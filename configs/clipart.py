@@ -2,6 +2,9 @@
 
 python -m lasad_jax.tokenize --tokenizer=runs/clipart_tokenizer --out=data/clipart
 python -m lasad_jax.train --config=configs/clipart.py --workdir=runs/clipart
+
+Expect 3.47 held-out bits per code at step 2500, after which it overfits, in 1.5 minutes on an
+H100.
 """
 
 import ml_collections

@@ -84,7 +84,7 @@ def sample(workdir: Path) -> None:
     )
 
 
-def _shown(labels: np.ndarray, most: int = 100) -> np.ndarray:
+def _shown(labels: np.ndarray, most: int = 200) -> np.ndarray:
     """Indices of the images for the picture: the first few of every class."""
     classes, counts = np.unique(labels, return_counts=True)
     each = min(counts.max(), max(1, most // len(classes)))
@@ -112,6 +112,11 @@ def _given(
     if not path.exists():
         raise FileNotFoundError(f"complete: {path} does not exist")
     with np.load(path) as file:
+        if "arr_0" not in file:
+            raise ValueError(
+                f"complete: {path} has no array arr_0, only {', '.join(file) or 'none'}; save "
+                "uint8 images (N, H, W, channels) under it"
+            )
         images = file["arr_0"]
         labels = file.get("arr_1")
     if _CLASSES.value is not None or labels is None:

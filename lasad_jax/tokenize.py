@@ -25,6 +25,7 @@ from lasad_jax.config import DataConfig
 from lasad_jax.config.sections import FITS, IMAGE_SOURCES
 from lasad_jax.data.codes import Job, store_job, write_codes
 from lasad_jax.data.crops import CROPS, view_names, views
+from lasad_jax.data.images import common_size
 from lasad_jax.data.sources import SPLITS, open_source
 from lasad_jax.data.tokens import TOKENIZER_FILE
 from lasad_jax.interop.tokenizer_files import fingerprint, load_tokenizer, save_tokenizer
@@ -61,9 +62,7 @@ def tokenize(tokenizer: Path, out: Path) -> None:
     config, params, data = load_any_tokenizer(tokenizer)
     data = dataclasses.replace(data, **_data_flags())
     sources = {split: open_source(data, split, channels=config.channels) for split in SPLITS}
-    size = data.image_size
-    if size == (0, 0):
-        size = sources["train"][0].image.shape[:2]
+    size = common_size(data, sources["train"])
     crops = {"train": (_CROPS.value, _ratios()), "test": ("center", ())}
     job = Job.of_sources(
         sources,

@@ -44,6 +44,7 @@ def codes(top, codec):
     said = tokenize(
         f"--tokenizer={top / 'tokenizer.safetensors'}",
         f"--directory={top / 'images'}",
+        "--image_size=8,12",
         f"--out={top / 'codes'}",
     )
     images = re.findall(r"(\w+): (\d+) images", said)
@@ -129,6 +130,13 @@ def test_pictures_of_which_all_rows_are_kept_are_their_reconstructions(trained, 
     # Near ties and rounding, which the compiler's other settings here may decide otherwise.
     assert np.mean(np.abs(images.astype(int) - expected) > 1) < 0.01
     assert labels.tolist() == [2, 0, 1, 1, 0]
+
+
+def test_pictures_to_complete_under_another_name_are_refused_in_a_line(trained, given):
+    path = trained / "named.npz"
+    np.savez(path, pictures=given[0])
+    said = sample(trained, f"--complete={path}", "--rows=1", fails=True)
+    assert "named.npz has no array arr_0, only pictures" in said
 
 
 def test_a_class_that_does_not_exist_is_refused_in_a_line(trained):

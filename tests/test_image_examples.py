@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from source_cases import folder
 
-from lasad_jax.config import AugmentConfig
+from lasad_jax.config import AugmentConfig, DataConfig
 from lasad_jax.data import held_out_batches, image_examples, load_images, train_batches
 from lasad_jax.data.image_examples import ImageExamples
 
@@ -227,15 +227,12 @@ def test_training_images_have_the_size_asked_for(directory, place, size):
     assert batch(examples, [], []).shape == (0, *size, 3)
 
 
-def test_without_a_size_images_keep_the_one_they_have(tmp_path, place):
-    del place
-    rng = np.random.default_rng(3)
-    for path in ("train/0.png", "train/1.png", "test/0.png"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (6, 9), np.uint8)).save(tmp_path / path)
-    training = open_examples(tmp_path, channels=1, image_size=(0, 0))
-    held_out = open_examples(tmp_path, "test", channels=1, image_size=(0, 0), augment=None)
-    assert training.size == held_out.size == (6, 9)
-    assert batch(training, [0, 1], [0, 0]).shape == (2, 6, 9, 1)
-    pixels = np.asarray(Image.open(tmp_path / "test/0.png"))
-    np.testing.assert_array_equal(batch(held_out, [0])[0, :, :, 0], pixels)
+def test_without_a_size_arrays_keep_theirs_and_files_are_refused(tmp_path):
+    digits = ImageExamples(DataConfig(), "test", channels=1)
+    assert digits.size == (8, 8)
+    assert batch(digits, [0]).shape == (1, 8, 8, 1)
+    for name in ("train", "test"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (9, 6)).save(tmp_path / name / "0.png")
+    with pytest.raises(ValueError, match=r"data.image_size: \(0, 0\) .*'folder' may differ"):
+        open_examples(tmp_path, image_size=(0, 0))

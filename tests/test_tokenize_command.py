@@ -279,6 +279,7 @@ def places(top, codec):
         ("--directory={top}/none", "data.directory is '.*none', which is no folder"),
         ("--directory={top}/empty", "data.directory is '.*empty', which holds no images"),
         ("--image_size=9,12", r"data.image_size: \(9, 12\) must be positive multiples of 2"),
+        ("--image_size=0", r"data.image_size: \(0, 0\) leaves .* set rows and columns"),
         ("--image_size=abc", "image_size: 'abc' must be rows,columns"),
         ("--crops=ten --ratios=x", r"ratios: \['x'\] must be numbers"),
         ("--crops=ten --ratios=0.5", r"ratios is \(0.5,\).* each >= 1"),

@@ -3,11 +3,24 @@
 Module names are those of LlamaGen's files; images are (B, channels, h, w).
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import nn
 
+from lasad_jax.interop.tokenizer_files import load_tokenizer
 from lasad_jax.models.tokenizer_config import TokenizerConfig
+
+SMALL = TokenizerConfig(
+    channels=3,
+    width=32,
+    multipliers=(1, 2),
+    encoder_blocks=1,
+    decoder_blocks=2,
+    latent_channels=12,
+    codebook_size=60,
+    codebook_dim=5,
+)
 
 
 def norm(channels: int) -> nn.GroupNorm:
@@ -183,3 +196,20 @@ def random_tokenizer(config: TokenizerConfig, seed: int) -> Tokenizer:
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.3, 0.3)
     return model
+
+
+def pair(config: TokenizerConfig, folder, seed: int = 0):
+    """The same random weights for both: the reference, and parameters read from its file."""
+    reference = random_tokenizer(config, seed)
+    torch.save(reference.state_dict(), folder / "x.pt")
+    loaded, params = load_tokenizer(folder / "x.pt")
+    assert loaded == config
+    return reference, {"params": params}
+
+
+def to_torch(images: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(images)).permute(0, 3, 1, 2)
+
+
+def to_numpy(images: torch.Tensor) -> np.ndarray:
+    return images.detach().permute(0, 2, 3, 1).numpy()

@@ -9,7 +9,7 @@ from jaxtyping import Integer, UInt8
 
 from lasad_jax.config import AugmentConfig, DataConfig
 from lasad_jax.data.crops import fit_image, random_crop_flip, size_before_crop
-from lasad_jax.data.images import load_images
+from lasad_jax.data.images import common_size, load_images
 from lasad_jax.data.loader import Batch
 from lasad_jax.data.sources import UnreadableImage, open_source
 
@@ -28,7 +28,8 @@ class ImageExamples:
       progress: show a bar while reading.
 
     Raises:
-      ValueError, FileNotFoundError: a source that is missing or damaged.
+      ValueError, FileNotFoundError: a source that is missing or damaged, or whose images
+        have no common size (see `common_size`).
     """
 
     def __init__(
@@ -42,9 +43,7 @@ class ImageExamples:
     ):
         self._data, self._augment, self._channels = data, augment, channels
         self._source = open_source(data, split, channels=channels)
-        self._size = data.image_size
-        if self._size == (0, 0):
-            self._size = self._source[0].image.shape[:2]
+        self._size = common_size(data, self._source)
         # Crops are cut from images that are larger by this: no crop enlarges.
         share = 1.0 if augment is None else augment.min_crop
         self._read_size = size_before_crop(self._size, share)

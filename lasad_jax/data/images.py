@@ -12,7 +12,7 @@ from tqdm import tqdm
 from lasad_jax.config.sections import DataConfig
 from lasad_jax.data.crops import fit_image
 from lasad_jax.data.decode import UnreadableImage
-from lasad_jax.data.sources import ImageSource, open_source
+from lasad_jax.data.sources import ArraySource, ImageSource, open_source
 
 _LISTED = 20
 
@@ -104,6 +104,23 @@ def load_images(
     if images is None:
         raise ValueError(f"data.source={data.source!r} has no readable images in split {split!r}")
     return ImageSet(images[:kept], labels[:kept], source.class_names)
+
+
+def common_size(data: DataConfig, source: ImageSource) -> tuple[int, int]:
+    """Rows and columns of every image: `data.image_size`, or where that is (0, 0) the size
+    that the images of an array have.
+
+    Raises:
+      ValueError: (0, 0) for images in files, each of which may have another size.
+    """
+    if data.image_size != (0, 0):
+        return data.image_size
+    if isinstance(source, ArraySource):
+        return source.images.shape[1:3]
+    raise ValueError(
+        f"data.image_size: (0, 0) leaves images as they are, but those of "
+        f"data.source={data.source!r} may differ in size; set rows and columns"
+    )
 
 
 def _report(
