@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_config
+from tiny import one_device_mesh, tiny_config
 from tokenizing import (
     CLASSES,
     GRID,
@@ -165,7 +165,8 @@ def test_codes_of_another_tokenizer_than_the_configured_one_are_refused(codes, c
     with pytest.raises(ValueError, match=rf"made by tokenizer {codec.fingerprint}.*'0123abcd'"):
         loop.train(generator(codes, data={"tokenizer": "0123abcd"}), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    GeneratorTask(generator(codes, data={"tokenizer": codec.fingerprint}))
+    config = generator(codes, data={"tokenizer": codec.fingerprint})
+    GeneratorTask(config, one_device_mesh(config))
 
 
 def test_a_run_does_not_go_on_with_codes_of_another_tokenizer(trained, changed, codec):

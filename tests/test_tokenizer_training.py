@@ -23,9 +23,9 @@ CODEBOOK = ("quantize", "embedding")
 
 def run_steps(config, mesh, steps):
     """The state before the first step and after each, on the host, and the metrics of each."""
-    task = TokenizerTask(config)
+    task = TokenizerTask(config, mesh)
     with jax.set_mesh(mesh):
-        state = task.init_state(mesh)
+        state = task.init_state()
         states, metrics = [jax.device_get(state)], []
         for batch in itertools.islice(task.train_batches(0), steps):
             state, values = task.train_step(state, sharding.put_batch(batch, mesh))
@@ -146,9 +146,9 @@ def test_a_run_goes_on_to_the_same_parameters(run, tmp_path):
     config, workdir = run
     loop.train(tiny_tokenizer_config(steps=3, eval_every=3, sample_every=6), tmp_path)
     loop.train(config, tmp_path)
-    task, mesh = TokenizerTask(config), one_device_mesh(config)
+    task = TokenizerTask(config, one_device_mesh(config))
     left, right = (
-        Checkpoints(folder, read_only=True).restore(6, task.abstract_state(mesh))
+        Checkpoints(folder, read_only=True).restore(6, task.abstract_state())
         for folder in (workdir, tmp_path)
     )
     jax.tree.map(np.testing.assert_array_equal, left, right)

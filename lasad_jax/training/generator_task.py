@@ -29,8 +29,8 @@ class GeneratorTask:
     curves = {"loss": "training", "held_out_nats_per_token": "held out"}  # noqa: RUF012
     unit = "loss (nats per token)"
 
-    def __init__(self, config: Config):
-        self.config = config
+    def __init__(self, config: Config, mesh: Mesh):
+        self.config, self._mesh = config, mesh
         self.data = load_tokens(config.data)
         check_model(config, self.data)
         self._train_step = jax.jit(make_train_step(config), donate_argnums=0)
@@ -48,13 +48,13 @@ class GeneratorTask:
         """The names of the classes and, for codes, the tokenizer."""
         store_run_tokens(self.data, workdir)
 
-    def abstract_state(self, mesh: Mesh) -> TrainState:
+    def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
-        return abstract_state(self.config, mesh)
+        return abstract_state(self.config, self._mesh)
 
-    def init_state(self, mesh: Mesh) -> TrainState:
+    def init_state(self) -> TrainState:
         """The state before the first step."""
-        return init_state(self.config, mesh)
+        return init_state(self.config, self._mesh)
 
     def train_step(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Takes one optimizer step; the old state is donated."""
@@ -71,7 +71,7 @@ class GeneratorTask:
             process_count=jax.process_count(),
         )
 
-    def evaluate(self, state: TrainState, mesh: Mesh) -> dict[str, float]:
+    def evaluate(self, state: TrainState) -> dict[str, float]:
         """The loss over all held-out images."""
         batches = held_out_batches(
             self.data.held_out,
@@ -80,12 +80,12 @@ class GeneratorTask:
             process_count=jax.process_count(),
         )
         params = state.best_params
-        sums = [self._eval_step(params, sharding.put_batch(batch, mesh)) for batch in batches]
+        sums = [self._eval_step(params, sharding.put_batch(batch, self._mesh)) for batch in batches]
         total, count = np.sum(jax.device_get(sums), axis=0)
         nats = float(total / count)
         return {"held_out_nats_per_token": nats, "held_out_bits_per_token": nats / math.log(2)}
 
-    def picture(self, state: TrainState, mesh: Mesh) -> Image.Image:
+    def picture(self, state: TrainState) -> Image.Image:
         """Samples of every class, or of as many as there are samples."""
         config = self.config
         labels = balanced_labels(config.num_samples, config.model.num_classes)
@@ -95,7 +95,7 @@ class GeneratorTask:
             labels,
             sampling=config.sampling,
             seed=config.seed,
-            mesh=mesh,
+            mesh=self._mesh,
         )
         images = self._codec.decode(tokens, config.model.grid)
         return image_grid(images, labels, class_names=self.data.class_names)

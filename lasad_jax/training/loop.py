@@ -36,12 +36,12 @@ def train(config: RunConfig, workdir: Path) -> None:
         checkpoint stays.
     """
     workdir = Path(workdir)
-    task = TASKS[type(config)](config)
 
-    # ---- Mesh and state
+    # ---- Mesh, data and state
     mesh = sharding.make_mesh(config.mesh)
     sharding.check_batch_size(config.batch_size, config.optimizer.accumulate, mesh)
     check_config(config, workdir)
+    task = TASKS[type(config)](config, mesh)
     task.check(workdir)
     first = jax.process_index() == 0
     if first:
@@ -56,9 +56,9 @@ def train(config: RunConfig, workdir: Path) -> None:
         nn.logical_axis_rules(sharding.RULES),
     ):
         if start is None:
-            state, start = task.init_state(mesh), 0
+            state, start = task.init_state(), 0
         else:
-            state = checkpoints.restore(start, task.abstract_state(mesh))
+            state = checkpoints.restore(start, task.abstract_state())
 
         # ---- Loop
         batches = task.train_batches(start)
@@ -87,14 +87,14 @@ def train(config: RunConfig, workdir: Path) -> None:
 
             evaluated = None
             if evaluating:
-                row |= task.evaluate(state, mesh)
+                row |= task.evaluate(state)
                 evaluated = row[task.objective]
             if row and metrics:
                 metrics.scalars(step, row)
             if saving:
                 checkpoints.save(state, step, evaluated)
             if sampling:
-                picture = task.picture(state, mesh)
+                picture = task.picture(state)
                 if metrics:
                     metrics.picture(step, "samples", picture)
                     write_png(workdir / "samples" / f"step_{step:07d}.png", picture)

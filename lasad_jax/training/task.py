@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 from PIL import Image
 
@@ -16,7 +15,8 @@ Metrics = dict[str, Array]
 class Task(Protocol):
     """A generator or a tokenizer, with its data.
 
-    Creating one reads the data and refuses a configuration that does not fit it.
+    It is made of a configuration and a mesh; that reads the data and refuses a configuration
+    that does not fit it.
 
     Attributes:
       objective: name of the held-out figure that ranks checkpoints; lower is better.
@@ -34,10 +34,10 @@ class Task(Protocol):
     def store(self, workdir: Path) -> None:
         """Puts what later use of the run needs beside its config.json."""
 
-    def abstract_state(self, mesh: Mesh) -> PyTree:
+    def abstract_state(self) -> PyTree:
         """Shapes, dtypes and shardings of the state."""
 
-    def init_state(self, mesh: Mesh) -> PyTree:
+    def init_state(self) -> PyTree:
         """The state before the first step."""
 
     def train_step(self, state: PyTree, batch: PyTree) -> tuple[PyTree, Metrics]:
@@ -49,8 +49,8 @@ class Task(Protocol):
     def train_batches(self, start_step: int) -> Iterator[Batch]:
         """This process's part of every batch from `start_step` on."""
 
-    def evaluate(self, state: PyTree, mesh: Mesh) -> dict[str, float]:
+    def evaluate(self, state: PyTree) -> dict[str, float]:
         """Held-out figures, among them `objective`."""
 
-    def picture(self, state: PyTree, mesh: Mesh) -> Image.Image:
+    def picture(self, state: PyTree) -> Image.Image:
         """What a person looks at during training."""

@@ -37,9 +37,9 @@ class TokenizerTask:
     curves = {"reconstruction": "training", "held_out_reconstruction": "held out"}  # noqa: RUF012
     unit = "reconstruction loss"
 
-    def __init__(self, config: TokenizerRunConfig):
-        self.config = config
-        self._vgg = _load_perceptual(config)
+    def __init__(self, config: TokenizerRunConfig, mesh: Mesh):
+        self.config, self._mesh = config, mesh
+        self._vgg = jax.device_put(_load_perceptual(config), sharding.replicated(mesh))
         first = jax.process_index() == 0
         channels = config.model.channels
         self._training = ImageExamples(
@@ -69,13 +69,13 @@ class TokenizerTask:
     def store(self, workdir: Path) -> None:
         """Nothing: config.json and the checkpoints are all that it needs."""
 
-    def abstract_state(self, mesh: Mesh) -> TokenizerState:
+    def abstract_state(self) -> TokenizerState:
         """Shapes, dtypes and shardings of the state."""
-        return abstract(lambda: new_state(self.config), mesh)
+        return abstract(lambda: new_state(self.config), self._mesh)
 
-    def init_state(self, mesh: Mesh) -> TokenizerState:
+    def init_state(self) -> TokenizerState:
         """The state before the first step."""
-        return create(lambda: new_state(self.config), mesh)
+        return create(lambda: new_state(self.config), self._mesh)
 
     def train_step(self, state: TokenizerState, batch: PyTree) -> tuple[TokenizerState, Metrics]:
         """Takes one step of tokenizer and discriminator; the old state is donated."""
@@ -93,7 +93,7 @@ class TokenizerTask:
             num_threads=self._training.num_threads,
         )
 
-    def evaluate(self, state: TokenizerState, mesh: Mesh) -> dict[str, float]:
+    def evaluate(self, state: TokenizerState) -> dict[str, float]:
         """Reconstruction of the held-out images, and how they use the codebook."""
         batches = held_out_batches(
             self._held_out,
@@ -102,7 +102,7 @@ class TokenizerTask:
             process_count=jax.process_count(),
         )
         parts = [
-            self._eval_step(state.best_params, sharding.put_batch(batch, mesh), self._vgg)
+            self._eval_step(state.best_params, sharding.put_batch(batch, self._mesh), self._vgg)
             for batch in batches
         ]
         sums = jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *jax.device_get(parts))
@@ -115,13 +115,14 @@ class TokenizerTask:
             "held_out_codebook_perplexity": float(perplexity),
         }
 
-    def picture(self, state: TokenizerState, mesh: Mesh) -> Image.Image:
+    def picture(self, state: TokenizerState) -> Image.Image:
         """Held-out images, each beside its reconstruction."""
         count = min(self.config.num_samples, len(self._held_out))
         rows = np.linspace(0, len(self._held_out) - 1, count).astype(np.int64)
         images = self._held_out.batch(rows)["images"]
-        params = jax.device_get(state.best_params)
-        codec = TokenizerCodec(self.config.model, params)
+        # Whole on every device first: a process sees no parts that others hold.
+        params = jax.device_put(state.best_params, sharding.replicated(self._mesh))
+        codec = TokenizerCodec(self.config.model, jax.device_get(params))
         grid = self.config.model.grid(self._held_out.size)
         pairs = np.stack([images, codec.decode(codec.encode(images), grid)], axis=1)
         return image_grid(pairs.reshape(-1, *images.shape[1:]), columns=10)
