@@ -37,6 +37,8 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(f"{type(error).__name__}: {error}")
 
     logging.set_verbosity(logging.WARNING)
+    # Orbax warns that checkpoints opened for reading are read-only.
+    logging.get_absl_logger().addFilter(lambda record: "is read only" not in str(record.msg))
     # Pillow warns of images above half its limit on pixels; above the limit it refuses them.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lasad_jax"))

@@ -85,7 +85,7 @@ def sample(workdir: Path) -> None:
 
 
 def _shown(labels: np.ndarray, most: int = 200) -> np.ndarray:
-    """Indices of the images for the picture: the first few of every class."""
+    """Indices of the images for the picture: the first of every class, as many as fit."""
     classes, counts = np.unique(labels, return_counts=True)
     each = min(counts.max(), max(1, most // len(classes)))
     return np.concatenate([np.flatnonzero(labels == c)[:each] for c in classes])[:most]

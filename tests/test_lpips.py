@@ -209,5 +209,5 @@ def test_torch_is_only_needed_for_its_own_files(files, params, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     got = load_lpips(files / "vgg16.safetensors", files / "lpips.safetensors")
     jax.tree.map(np.testing.assert_array_equal, got, params)
-    with pytest.raises(ValueError, match=r"losses\.vgg16.*pip install torch, or convert"):
+    with pytest.raises(ImportError, match=r"losses\.vgg16.*pip install torch\); a \.safetensors"):
         load_lpips(files / "vgg16.pth")

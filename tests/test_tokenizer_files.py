@@ -183,7 +183,7 @@ def test_spoiled_files_are_refused_by_name(tmp_path, model, kind, spoil):
 @pytest.mark.parametrize("content", [[1, 2], {}, {"model": {"lr": 0.1}}, {"a": "b"}, None])
 def test_torch_files_without_tensors_are_refused(tmp_path, content):
     torch.save(content, tmp_path / "a.pt")
-    with pytest.raises(ValueError, match=r"a\.pt holds no state dict"):
+    with pytest.raises(ValueError, match=r"a\.pt cannot .*it holds no state dict"):
         load_tokenizer(tmp_path / "a.pt")
 
 

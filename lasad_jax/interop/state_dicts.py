@@ -1,5 +1,7 @@
 """Tensors by name from PyTorch's own files or from safetensors."""
 
+import argparse
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -9,63 +11,82 @@ from jaxtyping import Float32
 Tensors = dict[str, Float32[np.ndarray, "..."]]
 Shapes = dict[str, tuple[int, ...]]
 
+_WRAPPERS = ("ema", "model", "state_dict")
 
-def read_state_dict(field: str, path: str | Path, shapes: Shapes, hint: str) -> Tensors:
-    """Reads some tensors of a file, and passes over all others.
+
+def read_tensors(
+    field: str, path: str | Path, hint: str, names: Collection[str] | None = None
+) -> tuple[Tensors, dict[str, str]]:
+    """Reads the tensors of a file.
 
     Args:
       field: of the configuration that names the file, for messages.
-      path: ending in .safetensors, or else a state dict written by torch.save, for which
-        torch must be installed.
-      shapes: the tensors to read.
-      hint: which file to give instead, for messages.
+      path: ending in .safetensors, or else written by torch.save, which takes torch to read:
+        a state dict by itself, or under "ema", "model" or "state_dict" (in this order, as in
+        LlamaGen's checkpoints).
+      hint: what to do instead, for messages.
+      names: the tensors to read where there are more; all by default.
 
     Returns:
-      The tensors in `shapes`, float32.
+      The tensors, float32, and the metadata of a safetensors file.
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: a file that cannot be read, a tensor missing or of another shape, no torch.
+      ImportError: a torch file without torch installed.
+      ValueError: a file that cannot be read or holds no state dict.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{field}: {str(path)!r} is no file; {hint}")
+        raise FileNotFoundError(f"{field}: there is no file {path}; {hint}")
+    read = _read_safetensors if path.suffix == ".safetensors" else _read_torch
     try:
-        if path.suffix == ".safetensors":
-            tensors = _read_safetensors(path, shapes)
-        else:
-            tensors = _read_torch(path, shapes)
+        return read(path, names)
     except ImportError as error:
-        raise ValueError(
-            f"{field}: {str(path)!r} is read by torch, which is not installed; "
-            "pip install torch, or convert the file to .safetensors"
+        raise ImportError(
+            f"{field}: {path} is a torch file, which needs torch (pip install torch); "
+            "a .safetensors file needs none"
         ) from error
     except Exception as error:  # whatever unpickling meets in a broken file
         reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{field}: {str(path)!r} cannot be read as a state dict ({reason}); {hint}"
-        ) from error
+        raise ValueError(f"{field}: {path} cannot be read as tensors ({reason}); {hint}") from error
+
+
+def read_state_dict(field: str, path: str | Path, shapes: Shapes, hint: str) -> Tensors:
+    """Reads the tensors in `shapes`, passes over all others, and checks what it read.
+
+    Raises:
+      FileNotFoundError, ImportError, ValueError: as `read_tensors`; a tensor missing or of
+        another shape.
+    """
+    tensors, _ = read_tensors(field, path, hint, shapes)
     for name, shape in shapes.items():
         if name not in tensors:
-            raise ValueError(f"{field}: {str(path)!r} holds no tensor {name!r}; {hint}")
+            raise ValueError(f"{field}: {path} holds no tensor {name!r}; {hint}")
         if tensors[name].shape != shape:
             raise ValueError(
-                f"{field}: {name!r} in {str(path)!r} has shape {tensors[name].shape}, not "
-                f"{shape}; {hint}"
+                f"{field}: {name!r} in {path} has shape {tensors[name].shape}, not {shape}; {hint}"
             )
     return tensors
 
 
-def _read_safetensors(path: Path, names: Shapes) -> Tensors:
+def _read_safetensors(path: Path, names: Collection[str] | None) -> tuple[Tensors, dict[str, str]]:
     with safetensors.safe_open(path, "numpy") as file:
-        present = names.keys() & set(file.keys())
-        return {name: np.asarray(file.get_tensor(name), np.float32) for name in present}
+        present = [name for name in file.keys() if names is None or name in names]  # noqa: SIM118
+        tensors = {name: np.asarray(file.get_tensor(name), np.float32) for name in present}
+        return tensors, file.metadata() or {}
 
 
-def _read_torch(path: Path, names: Shapes) -> Tensors:
+def _read_torch(path: Path, names: Collection[str] | None) -> tuple[Tensors, dict[str, str]]:
     # Imported here: nothing else needs torch.
     import torch
 
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    present = names.keys() & content.keys()
-    return {name: content[name].to(torch.float32).numpy() for name in present}
+    # A checkpoint of LlamaGen's training holds its arguments too.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    content = content if isinstance(content, dict) else {}
+    wrapped = (content[key] for key in _WRAPPERS if isinstance(content.get(key), dict))
+    content = next(wrapped, content)
+    if not content or not all(isinstance(x, torch.Tensor) for x in content.values()):
+        raise ValueError(f"it holds no state dict, neither by itself nor under {_WRAPPERS}")
+    present = [name for name in content if names is None or name in names]
+    return {str(name): content[name].to(torch.float32).numpy() for name in present}, {}

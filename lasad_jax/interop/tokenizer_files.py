@@ -3,28 +3,26 @@
 Read from torch files, as LlamaGen publishes them, or safetensors; written as safetensors.
 """
 
-import argparse
 import dataclasses
 import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Float, PyTree
+from jaxtyping import PyTree
 
 from lasad_jax.files import whole_file
+from lasad_jax.interop.state_dicts import Tensors, read_tensors
 from lasad_jax.models.tokenizer import abstract_tokenizer
 from lasad_jax.models.tokenizer_config import TokenizerConfig
 
-Tensors = dict[str, Float[np.ndarray, "..."]]
 # Name in the file -> keys in the tree of parameters, shape in the file.
 Layout = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
 
+_HINT = "fetch LlamaGen's vq_ds16_c2i.pt, or give a file that save_tokenizer wrote"
 # A buffer of LlamaGen's training; nothing else reads it.
 _CODEBOOK_USED, _CODEBOOK_USED_SIZE = "quantize.codebook_used", 65536
 # Kernels (h, w, in, out) and (out, in, h, w); nothing else has four axes.
@@ -36,26 +34,18 @@ def load_tokenizer(path: str | Path) -> tuple[TokenizerConfig, PyTree[np.ndarray
     """Reads a tokenizer.
 
     Args:
-      path: a .safetensors file, or else a file of torch.save with the state dict itself or
-        with it under "ema", "model" or "state_dict" (in this order, as in LlamaGen).
+      path: a .safetensors or a torch file, see `read_tensors`.
 
     Returns:
       The configuration, from the file's metadata or, without any, from the tensors' shapes;
       and the parameters of `VQTokenizer`, float32.
 
     Raises:
-      FileNotFoundError: if there is no such file.
-      ImportError: for a torch file without torch installed.
-      ValueError: for a file that cannot be read, or a tensor that is missing, extra or of
-        another shape.
+      FileNotFoundError, ImportError, ValueError: as `read_tensors`; a tensor that is missing,
+        extra or of another shape.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"tokenizer: there is no file {path}")
-    if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
-    else:
-        tensors, metadata = _read_torch(path), {}
+    tensors, metadata = read_tensors("tokenizer", path, _HINT)
     tensors.pop(_CODEBOOK_USED, None)
     if "config" in metadata:
         config = _config_from_json(path, metadata["config"])
@@ -130,52 +120,6 @@ def _from_torch(x: np.ndarray) -> np.ndarray:
 def _to_tensors(params: PyTree) -> Tensors:
     flat = flatten_dict(params)
     return {_torch_name(keys): _to_torch(np.asarray(x, np.float32)) for keys, x in flat.items()}
-
-
-def _read_safetensors(path: Path) -> tuple[Tensors, dict[str, str]]:
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            tensors = {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
-    except (safetensors.SafetensorError, TypeError) as error:  # TypeError: bfloat16
-        raise ValueError(
-            f"tokenizer: {path} cannot be read as float32 safetensors ({error}); "
-            "fetch or convert it again"
-        ) from error
-
-
-def _read_torch(path: Path) -> Tensors:
-    try:
-        import torch
-    except ImportError as error:
-        raise ImportError(
-            f"tokenizer: {path} is a torch file, which needs torch (pip install torch); "
-            "a .safetensors file needs none"
-        ) from error
-    try:
-        # A checkpoint of LlamaGen's training holds its arguments too.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever unpickling meets in a broken file
-        reason = str(error).partition("\n")[0]
-        raise ValueError(
-            f"tokenizer: {path} cannot be read as a torch file of tensors ({reason}); "
-            "fetch it again, or give a .safetensors file"
-        ) from error
-    content = _state_dict(content)
-    if not content or not all(isinstance(x, torch.Tensor) for x in content.values()):
-        raise ValueError(
-            f"tokenizer: {path} holds no state dict, neither by itself nor under 'ema', "
-            "'model' or 'state_dict'"
-        )
-    return {str(name): x.to(torch.float32).numpy() for name, x in content.items()}
-
-
-def _state_dict(content: Any) -> dict[str, Any]:
-    for key in ("ema", "model", "state_dict"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            return content[key]
-    return content if isinstance(content, dict) else {}
 
 
 def _config_from_json(path: Path, text: str) -> TokenizerConfig:

@@ -71,7 +71,8 @@ def load_lpips(vgg16_path: str | Path, lpips_path: str | Path = "") -> PyTree:
       (channels,) for each depth.
 
     Raises:
-      FileNotFoundError, ValueError: as `read_state_dict`, naming losses.vgg16 or losses.lpips.
+      FileNotFoundError, ImportError, ValueError: as `read_state_dict`, naming losses.vgg16
+        or losses.lpips.
     """
     return {"vgg16": load_vgg16(vgg16_path), "weights": _load_weights(lpips_path)}
 

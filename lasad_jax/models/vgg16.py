@@ -50,7 +50,7 @@ def load_vgg16(path: str | Path) -> list[list[dict[str, Float[Array, "..."]]]]:
       For each group a list of {"kernel" (3, 3, in, out), "bias" (out,)}, float32.
 
     Raises:
-      FileNotFoundError, ValueError: as `read_state_dict`, naming losses.vgg16.
+      FileNotFoundError, ImportError, ValueError: as `read_state_dict`, naming losses.vgg16.
     """
     names = _torchvision_names()
     layers = zip(itertools.chain(*names), itertools.chain(*GROUPS), strict=True)
