@@ -5,19 +5,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def temporary(path: Path, writer: int | None = None) -> Path:
+    """Where a file is while it is being written, see `whole_file`."""
+    # In the same folder, since a rename is atomic only within one file system.
+    return path.with_name(f"{path.name}.tmp" if writer is None else f"{path.name}.{writer}.tmp")
+
+
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def whole_file(path: str | Path, writer: int | None = None) -> Iterator[Path]:
     """A path to write to, in the same folder, that becomes `path` when the block ends well.
 
     The folder is made if missing. The name is the same each time: what a killed process
-    leaves, the next one takes over. So a path has one writer at a time.
+    leaves, the next one takes over. So a path has one writer at a time, or writers of
+    different numbers; the last one's file stays.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a rename is atomic only within one file system.
-    temporary = path.with_name(f"{path.name}.tmp")
+    file = temporary(path, writer)
     try:
-        yield temporary
-        temporary.replace(path)
+        yield file
+        file.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)

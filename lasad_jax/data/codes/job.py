@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lasad_jax.data.sources.base import ImageSource
+from lasad_jax.files import whole_file
 
 JOB_FILE = "job.json"
 FORMAT = 1
@@ -163,7 +164,7 @@ def store_job(directory: Path, job: Job, process_index: int = 0) -> None:
     if not path.exists():
         # Processes may come here at once, each with its own temporary file; all write the
         # same, and whoever does not is refused below.
-        write_json(path, job.to_json(), directory / f"{JOB_FILE}.{process_index}.tmp")
+        write_json(path, job.to_json(), writer=process_index)
     difference = first_difference(read_json(path), job.to_json())
     if difference:
         field, theirs, ours = difference
@@ -192,10 +193,10 @@ def _shortened(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def write_json(path: Path, value: Any, temporary: Path) -> None:
-    """Writes a JSON file that is seen whole or not at all."""
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    temporary.replace(path)
+def write_json(path: Path, value: Any, writer: int | None = None) -> None:
+    """Writes a JSON file that is seen whole or not at all; for `writer` see `whole_file`."""
+    with whole_file(path, writer) as file:
+        file.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def read_json(path: Path) -> Any:

@@ -164,7 +164,7 @@ def write_manifest(directory: Path, job: Job, reports: dict[Shard, ShardReport])
         "record_dtype": job.record_dtype.descr,
         "splits": {split: dataclasses.asdict(inner) for split, inner in splits.items()},
     }
-    write_json(directory / MANIFEST_FILE, value, directory / f"{MANIFEST_FILE}.tmp")
+    write_json(directory / MANIFEST_FILE, value)
 
 
 def read_report(directory: Path, shard: Shard) -> ShardReport | None:

@@ -16,6 +16,7 @@ from jaxtyping import Integer, UInt8
 from lasad_jax.data.codes.job import Job, Shard, write_json
 from lasad_jax.data.codes.manifest import ShardReport, Unreadable
 from lasad_jax.data.sources.base import ImageSource, UnreadableImage
+from lasad_jax.files import whole_file
 
 Views = Callable[[UInt8[np.ndarray, "H W channels"]], UInt8[np.ndarray, "A h w channels"]]
 Encode = Callable[[UInt8[np.ndarray, "batch h w channels"]], Integer[jax.Array, "batch N"]]
@@ -39,11 +40,6 @@ class Loaded(NamedTuple):
     image: int
     label: int
     views: UInt8[np.ndarray, "A h w channels"]
-
-
-def temporary(path: Path) -> Path:
-    """Where a file is while it is being written; only a shard's process writes its files."""
-    return path.with_name(f"{path.name}.tmp")
 
 
 def load(
@@ -105,8 +101,10 @@ def write_shard(
                 yield image.image, image.label, augmentation, pixels
 
     num_records = 0
-    writer = ArrayRecordWriter(str(temporary(path)), _WRITER_OPTIONS)
-    try:
+    with (
+        whole_file(path) as file,
+        contextlib.closing(ArrayRecordWriter(str(file), _WRITER_OPTIONS)) as writer,
+    ):
         for records in _encoded(job, rows(), encode, batch_size):
             content, size = records.tobytes(), job.record_dtype.itemsize
             for start in range(0, len(content), size):
@@ -114,21 +112,16 @@ def write_shard(
             num_records += len(records)
         writer.close()
         accept(tuple(unreadable))
-        _check_written(temporary(path), num_records)
+        _check_written(file, num_records)
         report = ShardReport(
             images=len(labels),
             records=num_records,
-            bytes=temporary(path).stat().st_size,
+            bytes=file.stat().st_size,
             class_counts=tuple(np.bincount(labels, minlength=len(job.class_names)).tolist()),
             unreadable=tuple(unreadable),
         )
-        temporary(path).replace(path)
-        # Last: a shard without its report counts as missing.
-        report_path = directory / shard.report_file
-        write_json(report_path, dataclasses.asdict(report), temporary(report_path))
-    finally:
-        writer.close()
-        temporary(path).unlink(missing_ok=True)
+    # Last: a shard without its report counts as missing.
+    write_json(directory / shard.report_file, dataclasses.asdict(report))
 
 
 def _encoded(

@@ -25,8 +25,9 @@ from lasad_jax.data.codes.manifest import (
     read_report,
     write_manifest,
 )
-from lasad_jax.data.codes.shard import Encode, Views, load, temporary, write_shard
+from lasad_jax.data.codes.shard import Encode, Views, load, write_shard
 from lasad_jax.data.sources.base import ImageSource
+from lasad_jax.files import temporary
 
 Item = TypeVar("Item")
 
