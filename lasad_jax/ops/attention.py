@@ -8,15 +8,18 @@ from jaxtyping import Array, Float, Int
 
 from lasad_jax.ops import manhattan, recurrence
 from lasad_jax.ops.decays import Decay, Grid, ManhattanDecay
+from lasad_jax.ops.kernels import choice
+from lasad_jax.ops.kernels.manhattan import fused_manhattan
+from lasad_jax.ops.kernels.recurrence import fused_recurrence
 from lasad_jax.ops.numerics import accumulator, einsum
 from lasad_jax.ops.quadratic import quadratic
 from lasad_jax.ops.state import State, init_state
 
-IMPLEMENTATIONS = ("auto", "quadratic", "scan", "chunked")
+IMPLEMENTATIONS = ("auto", "quadratic", "scan", "chunked", *choice.KERNELS)
 
-# Longest sequence for which writing out (N, N) weights beats the chunked form, for the
-# decays with one memory and for a memory per column: `benchmarks.operator` on two CPU
-# cores and on an H100. TPU has not been measured and follows the GPU.
+# Where no fused kernel runs: the longest sequence for which writing out (N, N) weights beats
+# the chunked form, for the decays with one memory and for a memory per column:
+# `benchmarks.operator` on two CPU cores and on an H100. TPU is unmeasured, follows the GPU.
 _QUADRATIC_UP_TO = {"cpu": (128, 256), "gpu": (128, 1024), "tpu": (128, 1024)}
 _CHUNK = 64
 _SCAN_CHUNK = 16
@@ -46,8 +49,11 @@ def linear_attention(
       num_prefix: tokens before the grid. They never decay.
       log_gate: optional content gate, a non-positive addition to the log-decay of each
         step (ignored on prefix tokens). Not for `ManhattanDecay`.
-      implementation: "quadratic", "scan", "chunked", or "auto", which writes out the
-        weights of short sequences and is chunked beyond.
+      implementation: one of `IMPLEMENTATIONS`. "quadratic", "scan" and "chunked" run
+        anywhere; "mosaic_gpu", "triton" and "mosaic_tpu" are fused kernels. "auto" takes
+        the fused kernels that suit the device (that of the mesh, if one is set) and the
+        arguments; failing these it writes out the weights of short sequences and is
+        chunked beyond.
       initial_state: where an earlier call stopped.
       return_state: also return the state after the last token.
 
@@ -55,19 +61,33 @@ def linear_attention(
       o in v's dtype, and the state if asked for.
 
     Raises:
-      ValueError: naming the argument that does not fit and what would.
+      ValueError: naming the argument that does not fit and what would, or why the named
+        implementation cannot run.
     """
     _check(q, k, v, decay, grid, num_prefix, log_gate, implementation, initial_state)
     decay = jax.tree.map(lambda rate: rate.astype(accumulator(q.dtype)), decay)
-    stateful = return_state or initial_state is not None
-    if implementation == "quadratic" and stateful:
-        raise ValueError("implementation='quadratic' carries no state; use 'chunked' or 'scan'")
-    if implementation == "auto":
-        limits = _QUADRATIC_UP_TO.get(jax.default_backend(), _QUADRATIC_UP_TO["gpu"])
-        short = q.shape[1] <= limits[isinstance(decay, ManhattanDecay)]
-        implementation = "quadratic" if short and not stateful else "chunked"
+    implementation = resolve(
+        implementation, q, v, decay, stateful=return_state or initial_state is not None
+    )
     if implementation == "quadratic":
         return quadratic(q, k, v, decay, grid=grid, num_prefix=num_prefix, log_gate=log_gate)
+
+    if implementation in choice.KERNELS and isinstance(decay, ManhattanDecay):
+        forward, backward = choice.manhattan(implementation)
+        static = {"columns": grid[1], "num_prefix": num_prefix}
+        return fused_manhattan(q, k, v, decay, forward=forward, backward=backward, **static)
+    if implementation in choice.KERNELS and initial_state is None:
+        g = _log_factors(decay, jnp.arange(q.shape[1]) - num_prefix, grid, log_gate, q.dtype)
+        out, memory = fused_recurrence(
+            q,
+            k,
+            v,
+            g,
+            num_prefix=num_prefix,
+            backend=choice.recurrence(implementation),
+            return_memory=return_state,
+        )
+        return (out, _state_after(k, v, num_prefix, memory)) if return_state else out
 
     batch, num_tokens, num_heads, key_dim = q.shape
     state = initial_state or init_state(
@@ -93,6 +113,35 @@ def linear_attention(
     return out, State(state.prefix_k, state.prefix_v, memory, state.index + num_tokens)
 
 
+def resolve(implementation: str, q: Array, v: Array, decay: Decay, *, stateful: bool) -> str:
+    """The implementation that "auto" stands for here; any other name, if it can run.
+
+    Raises:
+      ValueError: saying why the named implementation cannot run.
+    """
+    if implementation in choice.KERNELS:
+        obstacle = choice.obstacle(implementation, q, v, decay, stateful=stateful)
+        if obstacle:
+            raise ValueError(f"implementation: {implementation!r} cannot run here: {obstacle}")
+    if implementation == "quadratic" and stateful:
+        raise ValueError("implementation='quadratic' carries no state; use 'chunked' or 'scan'")
+    if implementation != "auto":
+        return implementation
+    kernels = choice.choose(q, v, decay, stateful=stateful)
+    if kernels is not None:
+        return kernels
+    limits = _QUADRATIC_UP_TO.get(choice.device().platform, _QUADRATIC_UP_TO["gpu"])
+    short = q.shape[1] <= limits[isinstance(decay, ManhattanDecay)]
+    return "quadratic" if short and not stateful else "chunked"
+
+
+def _state_after(k: Array, v: Array, num_prefix: int, memory: Array) -> State:
+    """The state after tokens that were the first."""
+    missing = [(0, 0), (0, max(0, num_prefix - k.shape[1])), (0, 0), (0, 0)]
+    prefix_k, prefix_v = (jnp.pad(x[:, :num_prefix], missing) for x in (k, v))
+    return State(prefix_k, prefix_v, memory, jnp.asarray(k.shape[1], jnp.int32))
+
+
 def _take_prefix(
     q: Array, k: Array, v: Array, state: State, index: Int[Array, ""] | int
 ) -> tuple[State, Float[Array, "B N H Dv"]]:
@@ -111,16 +160,27 @@ def _take_prefix(
 
 def _one_memory(q, k, v, decay, memory, index, grid, num_prefix, log_gate, implementation):
     """The decays that are a single recurrence."""
-    acc = accumulator(q.dtype)
     place = index + jnp.arange(q.shape[1]) - num_prefix
-    g = decay.step_log_factor(place, grid)[None]
-    g = g if log_gate is None else g + log_gate.astype(acc)
-    # A step leads from one grid token to the next: none to the first, none among the prefix.
-    g = jnp.where((place > 0)[None, :, None], g, 0.0)
+    g = _log_factors(decay, place, grid, log_gate, q.dtype)
     k = jnp.where((place >= 0)[None, :, None, None], k, 0)
+    if implementation in choice.KERNELS:
+        backend = choice.recurrence(implementation)
+        return fused_recurrence(
+            q, k, v, g, memory, num_prefix=0, backend=backend, return_memory=True
+        )
     form = {"chunked": recurrence.chunked, "scan": recurrence.scan}[implementation]
     chunk = _CHUNK if implementation == "chunked" else _SCAN_CHUNK
     return form(q, k, v, g, memory, chunk=min(chunk, q.shape[1]))
+
+
+def _log_factors(
+    decay: Decay, place: Int[Array, " N"], grid: Grid, log_gate: Array | None, dtype: jnp.dtype
+) -> Float[Array, "one_or_B N one_or_H"]:
+    """g of the tokens whose index on the grid is `place`, negative for the prefix."""
+    g = decay.step_log_factor(place, grid)[None]
+    g = g if log_gate is None else g + log_gate.astype(accumulator(dtype))
+    # A step leads from one grid token to the next: none to the first, none among the prefix.
+    return jnp.where((place > 0)[None, :, None], g, 0.0)
 
 
 def _column_memory(q, k, v, decay, memory, index, grid, num_prefix, log_gate, implementation):

@@ -1,0 +1,6 @@
+"""Fused kernels: the operator in one launch forward and one backward.
+
+`recurrence` and `manhattan` are the two differentiable calls, each over the kernels of a
+backend: Mosaic GPU (Hopper), Triton (other NVIDIA GPUs, float32 and further widths) or
+Mosaic TPU. `choice` says which can run and which suits best. docs/kernels.md explains them.
+"""

@@ -1,0 +1,118 @@
+"""Which fused kernels there are, what each can run, and which suits a device best."""
+
+import dataclasses
+import functools
+import importlib
+import re
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from lasad_jax.ops.decays import Decay, ManhattanDecay
+from lasad_jax.ops.kernels.recurrence import Backend
+
+KERNELS = ("mosaic_gpu", "triton", "mosaic_tpu")
+
+# Beyond it `manhattan`'s kernels, quadratic in N, lose to the linear form.
+LONGEST_MANHATTAN = 4200
+_HOPPER = re.compile(r"\bG?H\d+")
+_WIDTHS = (16, 32, 64, 128)
+# Programs that fill a Hopper GPU, two on each of 132 multiprocessors, and the shortest
+# segment worth a pass of its own over keys and values.
+_PROGRAMS = 264
+_CHUNKS_PER_SEGMENT = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a kernel is compiled for."""
+
+    platform: str
+    kind: str
+
+
+def device() -> Device:
+    """The device of the current mesh if one is set, which need not be at hand; else the default."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return Device(abstract.platform or jax.default_backend(), abstract.device_kind)
+    return Device(jax.default_backend(), jax.devices()[0].device_kind)
+
+
+def choose(q: Array, v: Array, decay: Decay, *, stateful: bool) -> str | None:
+    """The best kernels for these arguments on this device; None if none can run."""
+    able = (name for name in KERNELS if obstacle(name, q, v, decay, stateful=stateful) is None)
+    return next(able, None)
+
+
+def obstacle(name: str, q: Array, v: Array, decay: Decay, *, stateful: bool) -> str | None:
+    """Why the kernels `name` cannot take these arguments on this device; None if they can."""
+    where, exact = device(), isinstance(decay, ManhattanDecay)
+    num_tokens, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
+    needed = "tpu" if name == "mosaic_tpu" else "gpu"
+    if where.platform not in {"gpu": ("gpu", "cuda"), "tpu": ("tpu",)}[needed]:
+        return f"it needs a {needed.upper()}, not {where.kind} ({where.platform})"
+    if needed == "gpu" and "NVIDIA" not in where.kind:
+        return f"it needs an NVIDIA GPU, not {where.kind}"
+    if q.dtype != v.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"it takes bfloat16 or float32, the same for all, not {q.dtype} and {v.dtype}"
+    if key_dim not in _WIDTHS or value_dim not in _WIDTHS:
+        return f"it takes Dk and Dv of {_WIDTHS}, not {key_dim} and {value_dim}"
+    if exact and stateful:
+        return "the fused 2D decay carries no state; use 'chunked' or 'scan'"
+    if exact and num_tokens > LONGEST_MANHATTAN:
+        return f"the fused 2D decay is quadratic, for up to {LONGEST_MANHATTAN} tokens"
+    return _obstacle_on_hopper(where, q, v, exact) if name == "mosaic_gpu" else None
+
+
+def _obstacle_on_hopper(where: Device, q: Array, v: Array, exact: bool) -> str | None:
+    version = tuple(int(x) for x in jax.__version__.split(".")[:2])
+    if exact:
+        return "it has no 2D decay; use 'triton'"
+    if version < (0, 11):
+        return f"it needs jax 0.11 or later, not {jax.__version__}"
+    if not _HOPPER.search(where.kind):
+        return f"it needs a Hopper GPU (H100, H200), not {where.kind}"
+    if q.dtype != jnp.bfloat16 or (q.shape[3], v.shape[3]) != (64, 64):
+        return f"it takes bfloat16 of Dk = Dv = 64, not {q.dtype} of {q.shape[3]}, {v.shape[3]}"
+    if q.shape[1] % 8 or q.shape[1] < 64:
+        return f"it takes a multiple of 8 tokens, at least 64, not {q.shape[1]}"
+    return None
+
+
+def recurrence(name: str, *, interpret: bool = False) -> Backend:
+    """The kernels of the single recurrence; `interpret` runs them on any device, slowly."""
+    module = importlib.import_module(f"lasad_jax.ops.kernels.{_MODULES[name][0]}")
+    names = ("forward", "backward", "segment_states", "segment_gradients")
+    kernels = {kernel: getattr(module, kernel, None) for kernel in names}
+    if interpret:
+        kernels = {
+            kernel: function and functools.partial(function, interpret=True)
+            for kernel, function in kernels.items()
+        }
+    if name == "mosaic_tpu":
+        return Backend(name, chunk=128, **kernels)
+    return Backend(name, chunk=64, segments=_segments, **kernels)
+
+
+def manhattan(name: str) -> tuple:
+    """The forward and backward kernels of the exact 2D decay."""
+    module = importlib.import_module(f"lasad_jax.ops.kernels.{_MODULES[name][1]}")
+    return module.forward, module.backward
+
+
+# Imported when first used: each needs a part of Pallas that not every installation has.
+_MODULES = {
+    "mosaic_gpu": ("recurrence_mosaic", None),
+    "triton": ("recurrence_triton", "manhattan_triton"),
+    "mosaic_tpu": ("recurrence_tpu", "manhattan_tpu"),
+}
+
+
+def _segments(programs: int, chunks: int) -> int:
+    """Enough segments that few heads of a long sequence fill the card."""
+    segments = 1
+    while programs * 2 * segments <= _PROGRAMS and chunks >= 2 * segments * _CHUNKS_PER_SEGMENT:
+        segments *= 2
+    return segments
