@@ -1,101 +1,139 @@
-"""Times every form of the operator against softmax attention on the device at hand.
+"""Times the operator against the byte floor and against peers on the device at hand.
 
-    python -m lasad_jax.benchmarks.operator [--decays=raster,manhattan] [--grids=8,16,28,64]
+    python -m lasad_jax.benchmarks.operator [--out=FOLDER] [--decays=raster,manhattan]
 
-Prints milliseconds of forward plus backward (median) and the ratio to
-`jax.nn.dot_product_attention`, causal, on the same inputs (cuDNN's flash attention on a
-GPU in bf16). `implementation="auto"` follows these tables.
+Prints one table: for every shape, dtype and decay the microseconds of the forward pass and
+of forward plus backward, the gradients of the learned rates and gate included. "floor" is
+the time that moving every tensor once takes at the speed of a plain copy, measured first.
+Behind each peer's time stands the ratio ours / theirs. A second table shows how the exact 2D
+decay grows with the image. docs/kernels.md says how to read them.
+
+Peers that are not installed or fail are named with the reason: cuDNN's and PyTorch's flash
+attention, and flash-linear-attention's lightning attention and retention, also as CUDA graphs.
 """
 
-import statistics
-import time
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-from absl import app, flags
+from absl import flags
 
-from lasad_jax import ops
+import lasad_jax
+from lasad_jax import command, ops
+from lasad_jax.benchmarks import report
+from lasad_jax.benchmarks.cases import DECAYS, DTYPES, Shape, all_cases
+from lasad_jax.benchmarks.ours import time_row
+from lasad_jax.benchmarks.peers import PEERS, time_peers
+from lasad_jax.benchmarks.timing import (
+    MIN_SECONDS,
+    copy_bytes_per_second,
+    seconds_in_one_program,
+    seconds_per_call,
+)
+from lasad_jax.files import whole_file
 
-_DECAYS = flags.DEFINE_list("decays", ["raster", "selective", "manhattan"], "Decays to time.")
-_GRIDS = flags.DEFINE_list("grids", ["8", "16", "24", "28", "32", "64"], "Sides of square grids.")
-_TOKENS = flags.DEFINE_integer("tokens", 16384, "Tokens in all; the batch follows from it.")
-_HEADS = flags.DEFINE_integer("heads", 12, "Heads.")
-_DIM = flags.DEFINE_integer("dim", 64, "Dk and Dv.")
-_REPEATS = flags.DEFINE_integer("repeats", 20, "Timed runs.")
+_SHAPES = flags.DEFINE_list("shapes", None, "BxRxCxH each; by device if unset.")
+_GROWTH = flags.DEFINE_list("growth", None, "Shapes of the second table; by device if unset.")
+_DIM = flags.DEFINE_integer("dim", 64, "Dk and Dv.", 1)
+_DECAYS = flags.DEFINE_list("decays", list(DECAYS), "Decays; selective is raster with a gate.")
+_DTYPES = flags.DEFINE_list("dtypes", list(DTYPES), "Of q, k and v.")
+_FORMS = flags.DEFINE_list("implementations", ["auto"], "Rows for each; see ops.IMPLEMENTATIONS.")
+_PEERS = flags.DEFINE_list("peers", list(PEERS), "What to compare with.")
+_PATIENCE = flags.DEFINE_float("peer_seconds", 300, "What each peer in PyTorch may take.", 0)
+_REPEATS = flags.DEFINE_integer("repeats", 10, "Timings of each, of which the median counts.", 1)
+_ONE_PROGRAM = flags.DEFINE_bool(
+    "one_program", False, "Compile all calls of a timing as one, if the host is slow to send them."
+)
+_COPY = flags.DEFINE_integer("copy_megabytes", None, "Size of the copy; by device if unset.", 1)
+_OUT = flags.DEFINE_string("out", None, "Folder for operator.json and operator.png.")
+
+_ON_ACCELERATOR = {
+    "shapes": ["64x16x16x12", "32x24x24x16", "16x32x32x16", "4x64x64x16"],
+    "growth": ["1x64x64x16", "1x64x128x16", "1x128x128x16"],
+    "copy": 2048,
+}
+_ON_CPU = {"shapes": ["2x8x8x2"], "growth": ["1x8x8x2", "1x8x16x2", "1x16x16x2"], "copy": 64}
 
 
-def median_milliseconds(function, *args, repeats: int) -> float:
-    """Median wall time of one call, compiled and warmed up before."""
-    jax.block_until_ready(function(*args))
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(function(*args))
-        times.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(times)
+def main() -> None:
+    """Prints the tables and writes the files."""
+    on_cpu = jax.default_backend() == "cpu"
+    sizes = _ON_CPU if on_cpu else _ON_ACCELERATOR
+    given = lambda flag, name: sizes[name] if flag.value is None else flag.value
+    shapes = [Shape.parse(text, _DIM.value) for text in given(_SHAPES, "shapes")]
+    growth = [Shape.parse(text, _DIM.value) for text in given(_GROWTH, "growth")]
+    _check_known("decays", _DECAYS.value, DECAYS)
+    _check_known("dtypes", _DTYPES.value, DTYPES)
+    _check_known("implementations", _FORMS.value, ops.IMPLEMENTATIONS)
+    _check_known("peers", _PEERS.value, tuple(PEERS))
+    how = {"repeats": _REPEATS.value, "min_seconds": 0 if on_cpu else MIN_SECONDS}
 
-
-def _forward_and_backward(attention):
-    def loss(q, k, v, cotangent):
-        return jnp.sum(attention(q, k, v).astype(jnp.float32) * cotangent)
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-
-
-def main(argv: list[str]) -> None:
-    """Prints the table."""
-    del argv
-    gpu = jax.default_backend() == "gpu"
-    rate = jnp.geomspace(0.005, 0.7, _HEADS.value)
-    families = {
-        "none": ops.NoDecay(),
-        "sequence": ops.SequenceDecay(rate),
-        "raster": ops.RasterDecay(rate, rate),
-        "selective": ops.RasterDecay(rate, rate),
-        "manhattan": ops.ManhattanDecay(rate, rate),
+    copies = copy_bytes_per_second(given(_COPY, "copy") * 2**20, **how)
+    fastest = max(copies.values())
+    results = {
+        "device": jax.devices()[0].device_kind,
+        "versions": {"jax": jax.__version__, "lasad_jax": lasad_jax.__version__},
+        "dim": _DIM.value,
+        "one_program": _ONE_PROGRAM.value,
+        **how,
+        "copy_bytes_per_second": copies,
     }
-    print(f"{jax.devices()[0].device_kind}, {_HEADS.value} heads of {_DIM.value}, bf16")
-    print(
-        f"{'decay':10} {'tokens':>6} {'batch':>5} {'softmax':>8}  "
-        + "".join(f"{form:>18}" for form in ops.IMPLEMENTATIONS)
+    print(f"{results['device']}, jax {jax.__version__}, heads of {_DIM.value}")
+    print(f"copy: {fastest / 1e12:.3f} TB/s, read and written; times in microseconds")
+
+    time_calls = functools.partial(
+        seconds_in_one_program if _ONE_PROGRAM.value else seconds_per_call, **how
     )
-    for side in map(int, _GRIDS.value):
-        num_tokens = side * side
-        batch = max(1, _TOKENS.value // num_tokens)
-        keys = jax.random.split(jax.random.key(side), 5)
-        shape = (batch, num_tokens, _HEADS.value, _DIM.value)
-        q, k, v, cotangent = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:4])
-        gate = -jax.nn.softplus(jax.random.normal(keys[4], shape[:3]) - 4)
-        softmax = _forward_and_backward(
-            lambda q, k, v: jax.nn.dot_product_attention(
-                q, k, v, is_causal=True, implementation="cudnn" if gpu else None
-            )
-        )
-        peer = median_milliseconds(softmax, q, k, v, cotangent, repeats=_REPEATS.value)
-        for name in _DECAYS.value:
-            row = f"{name:10} {num_tokens:6} {batch:5} {peer:8.3f}  "
-            for form in ops.IMPLEMENTATIONS:
-                if form == "quadratic" and num_tokens > 1024:
-                    row += f"{'-':>18}"
-                    continue
-                ours = _forward_and_backward(
-                    lambda q, k, v, name=name, form=form, side=side, gate=gate: (
-                        ops.linear_attention(
-                            q,
-                            k,
-                            v,
-                            families[name],
-                            grid=(side, side),
-                            num_prefix=0,
-                            log_gate=gate if name == "selective" else None,
-                            implementation=form,
-                        )
-                    )
-                )
-                took = median_milliseconds(ours, q, k, v, cotangent, repeats=_REPEATS.value)
-                row += f"{took:10.3f} ({took / peer:4.2f}x)"
-            print(row, flush=True)
+    cases = all_cases(shapes, _DTYPES.value)
+    peers = time_peers(_PEERS.value, cases, patience=_PATIENCE.value, time_calls=time_calls, **how)
+    results["versions"] |= peers.versions
+    results["skipped"] = peers.skipped
+    for peer, reasons in peers.skipped.items():
+        for reason, without in reasons.items():
+            where = "" if len(without) == len(cases) else f" ({', '.join(without)})"
+            print(f"skipped: {peer}{where}: {reason}")
+
+    time_ours = functools.partial(
+        time_row, bytes_per_second=fastest, time_calls=time_calls, peers=peers.times
+    )
+    columns = (*report.COLUMNS, *peers.times)
+    print("\n" + report.head(columns))
+    results["rows"] = []
+    for case in cases:
+        for decay in _DECAYS.value:
+            for form in _FORMS.value:
+                row = time_ours(case, decay, form)
+                results["rows"].append(row)
+                print(report.row_line(row, tuple(peers.times)), flush=True)
+                _save(results)
+
+    results["growth"] = []
+    print("\nmanhattan on larger and larger images\n" + report.head(report.GROWTH_COLUMNS))
+    for case in all_cases(growth, _DTYPES.value[:1]):
+        for form in _FORMS.value:
+            row = time_ours(case, "manhattan", form)
+            results["growth"].append(row)
+            print(report.growth_line(row), flush=True)
+            _save(results)
+    if _OUT.value:
+        with whole_file(Path(_OUT.value) / "operator.png") as file:
+            report.draw(results, file)
+
+
+def _check_known(flag: str, names: Sequence[str], known: Sequence[str]) -> None:
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{flag}: {name!r} is not one of {tuple(known)}")
+
+
+def _save(results: dict) -> None:
+    """After every row, so that a run cut short leaves what it had."""
+    if _OUT.value:
+        with whole_file(Path(_OUT.value) / "operator.json") as file:
+            file.write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":
-    app.run(main)
+    command.run(main)

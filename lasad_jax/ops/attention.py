@@ -84,7 +84,7 @@ def linear_attention(
             v,
             g,
             num_prefix=num_prefix,
-            backend=choice.recurrence(implementation),
+            backend=choice.recurrence(implementation, q, v),
             return_memory=return_state,
         )
         return (out, _state_after(k, v, num_prefix, memory)) if return_state else out
@@ -164,7 +164,7 @@ def _one_memory(q, k, v, decay, memory, index, grid, num_prefix, log_gate, imple
     g = _log_factors(decay, place, grid, log_gate, q.dtype)
     k = jnp.where((place >= 0)[None, :, None, None], k, 0)
     if implementation in choice.KERNELS:
-        backend = choice.recurrence(implementation)
+        backend = choice.recurrence(implementation, q, v)
         return fused_recurrence(
             q, k, v, g, memory, num_prefix=0, backend=backend, return_memory=True
         )

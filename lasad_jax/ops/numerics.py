@@ -36,8 +36,7 @@ def cumulative_log_decay(
     """Running sum of log-factors as (coarse, fine), so that differences are exact.
 
     Neighbours far down a float32 running sum would differ by rounding: after 64 steps of
-    -20 their difference is wrong by 1e-4. The coarse part sums multiples of 1/64, which
-    float32 does without error up to 2^18; the fine part stays small.
+    -20 their difference is wrong by 1e-4.
 
     Args:
       g: non-positive log-factors.
@@ -47,9 +46,16 @@ def cumulative_log_decay(
       coarse, fine: inclusive sums; coarse + fine is the running sum of g. Take
       differences of each before adding them.
     """
+    coarse, fine = exact_parts(g)
+    return jnp.cumsum(coarse, axis=axis), jnp.cumsum(fine, axis=axis)
+
+
+def exact_parts(g: Float[Array, "*any"]) -> tuple[Float[Array, "*any"], Float[Array, "*any"]]:
+    """g, bounded, as coarse + fine: multiples of 1/64, which float32 adds without error up to
+    2^18, and small rests. All of the gradient goes to the fine part."""
     g = jnp.maximum(g, _RESET)
     coarse = jax.lax.stop_gradient(jnp.round(g / _QUANTUM) * _QUANTUM)
-    return jnp.cumsum(coarse, axis=axis), jnp.cumsum(g - coarse, axis=axis)
+    return coarse, g - coarse
 
 
 def combine(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:

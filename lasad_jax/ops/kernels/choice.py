@@ -18,9 +18,9 @@ KERNELS = ("mosaic_gpu", "triton", "mosaic_tpu")
 LONGEST_MANHATTAN = 4200
 _HOPPER = re.compile(r"\bG?H\d+")
 _WIDTHS = (16, 32, 64, 128)
-# Programs that fill a Hopper GPU, two on each of 132 multiprocessors, and the shortest
-# segment worth a pass of its own over keys and values.
-_PROGRAMS = 264
+# One program on each multiprocessor of a Hopper GPU, and the shortest segment worth a pass
+# of its own over keys and values (measured at 64 programs of 4096 tokens: 2 segments beat 4).
+_PROGRAMS = 132
 _CHUNKS_PER_SEGMENT = 8
 
 
@@ -81,8 +81,11 @@ def _obstacle_on_hopper(where: Device, q: Array, v: Array, exact: bool) -> str |
     return None
 
 
-def recurrence(name: str, *, interpret: bool = False) -> Backend:
-    """The kernels of the single recurrence; `interpret` runs them on any device, slowly."""
+def recurrence(name: str, q: Array, v: Array, *, interpret: bool = False) -> Backend:
+    """The kernels of the single recurrence for tokens like q and v.
+
+    With `interpret` they run on any device, slowly.
+    """
     module = importlib.import_module(f"lasad_jax.ops.kernels.{_MODULES[name][0]}")
     names = ("forward", "backward", "segment_states", "segment_gradients")
     kernels = {kernel: getattr(module, kernel, None) for kernel in names}
@@ -93,7 +96,9 @@ def recurrence(name: str, *, interpret: bool = False) -> Backend:
         }
     if name == "mosaic_tpu":
         return Backend(name, chunk=128, **kernels)
-    return Backend(name, chunk=64, segments=_segments, **kernels)
+    # Longer chunks of wide float32 heads do not fit into shared memory.
+    wide = q.dtype == jnp.float32 and q.shape[3] * v.shape[3] > 64 * 64
+    return Backend(name, chunk=32 if wide else 64, segments=_segments, **kernels)
 
 
 def manhattan(name: str) -> tuple:

@@ -20,7 +20,7 @@ from lasad_jax.ops.kernels.manhattan_tiles import Cut, Tiling, causal
 # (forward, backward) by bytes of a number and whether heads are wider than 64. Longer tiles
 # than these spill registers in the backward kernel, and in the forward one in float32.
 _TILINGS = {
-    (2, False): (Tiling(64, 64, num_warps=4, num_stages=3), Tiling(64, 32, 4, 2)),
+    (2, False): (Tiling(64, 64, num_warps=4, num_stages=3), Tiling(64, 32, 4, 3)),
     (2, True): (Tiling(64, 32, num_warps=4, num_stages=2), Tiling(64, 32, 8, 2)),
     (4, False): (Tiling(64, 32, num_warps=4, num_stages=2), Tiling(32, 16, 4, 1)),
     (4, True): (Tiling(32, 16, num_warps=4, num_stages=1), Tiling(32, 16, 8, 1)),

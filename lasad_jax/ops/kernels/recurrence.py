@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
-from lasad_jax.ops.numerics import cumulative_log_decay
+from lasad_jax.ops.numerics import exact_parts
 
 Memory = Float32[Array, "B H Dk Dv"]
 
@@ -146,9 +146,10 @@ _recurrence.defvjp(_forward_rule, _backward_rule)
 
 def _running_sums(g: Float32[Array, "Bg H M L"], dtype: jnp.dtype) -> Array:
     """b (Bg, H, M, K, L): sums within chunks, split in two where bf16 does not hide rounding."""
-    coarse, fine = cumulative_log_decay(g, axis=-1)
-    parts = [coarse + fine] if dtype == jnp.bfloat16 else [coarse, fine]
-    return jnp.stack(parts, axis=3)
+    until = jnp.tril(jnp.ones((g.shape[-1],) * 2, bool))
+    # Sums over a mask fuse into one pass; a scan would be a dozen small ones.
+    sums = [jnp.sum(jnp.where(until, x[..., None, :], 0.0), axis=-1) for x in exact_parts(g)]
+    return jnp.stack([sum(sums)] if dtype == jnp.bfloat16 else sums, axis=3)
 
 
 def _across_segments(b: Float32[Array, "Bg H M K L"], segments: int) -> Float32[Array, "Bg H Z"]:

@@ -7,6 +7,7 @@ that one computes while another waits. Contract of the arguments: `recurrence.Ba
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
 from lasad_jax.ops.kernels import mosaic_tiles as mg
+from lasad_jax.ops.numerics import einsum
 
 _STAGES = 2
 
@@ -48,6 +50,8 @@ def forward(
 
     multiply = functools.partial(mg.multiply, interpret=interpret)
 
+    during = functools.partial(mg.multiply_during, interpret=interpret)
+
     def kernel(inputs, outputs, tiles, prefix_tiles):
         state_tile, value_tile, out_tile = tiles
         at, h, z = (lax.axis_index(name) for name in "bhz")
@@ -60,29 +64,32 @@ def forward(
             since_by_column = plgpu.load(b_again_tile, layout=mg.COLUMN)
             whole = b_tile[mg.CHUNK - 1]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            state_tile[...] = state.astype(jnp.bfloat16)
-            to_end = mg.off_prefix(mg.by_row(jnp.exp(whole - since)), 0, c, num_prefix, 0.0)
-            value_tile[...] = (v_tile[...].astype(jnp.float32) * to_end).astype(jnp.bfloat16)
-            plgpu.commit_smem()
+
+            def prepare():
+                state_tile[...] = state.astype(jnp.bfloat16)
+                to_end = mg.off_prefix(mg.by_row(jnp.exp2(whole - since)), 0, c, num_prefix, 0.0)
+                value_tile[...] = (v_tile[...].astype(jnp.float32) * to_end).astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                pairs = mg.by_row(since) - mg.by_column(since_by_column)
+                pairs = jnp.where(mg.iota(0) >= mg.iota(1), pairs, -jnp.inf)
+                return jnp.exp2(mg.off_prefix(pairs, 1, c, num_prefix, -jnp.inf))
+
+            (scores,), weights = during(prepare, (q_tile, k_tile.transpose((1, 0))))
             if keep_states:
                 plgpu.copy_smem_to_gmem(state_tile, outputs["states"].at[at, h, c])
-            scores, carried, state = multiply(
-                (None, q_tile, k_tile.transpose((1, 0))),
-                (None, q_tile, state_tile),
-                (state * jnp.exp(whole), k_tile.transpose((1, 0)), value_tile),
+            (carried, added), weighted = during(
+                lambda: (scores * weights).astype(jnp.bfloat16),
+                (q_tile, state_tile),
+                (k_tile.transpose((1, 0)), value_tile),
             )
-            pairs = mg.by_row(since) - mg.by_column(since_by_column)
-            pairs = jnp.where(mg.iota(0) >= mg.iota(1), pairs, -jnp.inf)
-            pairs = mg.off_prefix(pairs, 1, c, num_prefix, -jnp.inf)
-            weighted = (scores * jnp.exp(pairs)).astype(jnp.bfloat16)
-            out = carried * mg.by_row(jnp.exp(since))
+            out = carried * mg.by_row(jnp.exp2(since))
             for p, (row_k, row_v) in enumerate(prefix):
                 out += mg.by_row(mg.read_prefix(q_tile, row_k, p, c)) * mg.by_column(row_v)
             (out,) = multiply((out, weighted, v_tile))
             out_tile[...] = out.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_tile, outputs["o"].at[at, pl.ds(c * mg.CHUNK, mg.CHUNK), h])
-            return state
+            return state * jnp.exp2(whole) + added
 
         start = mg.zeros()
         if "starts" in inputs:
@@ -92,7 +99,7 @@ def forward(
             outputs["ends"][at, h, z] = state
         plgpu.wait_smem_to_gmem(0)
 
-    inputs = {"q": q, "k": k, "v": v, "b": b[:, :, :, 0]}
+    inputs = {"q": q, "k": k, "v": v, "b": b[:, :, :, 0] * math.log2(math.e)}
     if starts is not None:
         inputs["starts"] = starts
     grid = (batch, heads, segments)
@@ -123,13 +130,14 @@ def backward(
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     out_type = {"dq": like(q), "dk": like(k), "dv": like(v)}
     of = lambda *shape: jax.ShapeDtypeStruct((batch, heads, *shape), jnp.float32)
-    out_type["dg"] = of(num_chunks, mg.CHUNK)
+    out_type["ending"] = out_type["starting"] = of(num_chunks, mg.CHUNK)
     if return_d_starts:
         out_type["d_starts"] = of(segments, mg.DIM, mg.DIM)
 
     multiply = functools.partial(mg.multiply, interpret=interpret)
+    during = functools.partial(mg.multiply_during, interpret=interpret)
 
-    def kernel(inputs, outputs, tiles, prefix_tiles, x_tile, y_tile):
+    def kernel(inputs, outputs, tiles, prefix_tiles):
         # Three tiles serve twice: as operands, then for the gradients on their way out.
         d_state_tile, d_scores_tile, d_out_tile = tiles
         at, h, z = (lax.axis_index(name) for name in "bhz")
@@ -142,49 +150,56 @@ def backward(
             since = plgpu.load(b_tile, layout=mg.ROW)
             since_by_column = plgpu.load(b_again_tile, layout=mg.COLUMN)
             whole = b_tile[mg.CHUNK - 1]
-            from_start = mg.by_row(jnp.exp(since))
-            to_end = mg.off_prefix(mg.by_row(jnp.exp(whole - since)), 0, c, num_prefix, 0.0)
+            from_start = mg.by_row(jnp.exp2(since))
+            to_end = mg.off_prefix(mg.by_row(jnp.exp2(whole - since)), 0, c, num_prefix, 0.0)
+            decayed = jnp.exp2(whole)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            d_state_tile[...] = d_state.astype(jnp.bfloat16)
-            d_out_tile[...] = (do_tile[...].astype(jnp.float32) * from_start).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            decayed = jnp.exp(whole)
-            across = jnp.sum(state_tile[...].astype(jnp.float32) * d_state, axis=1) * decayed
+
+            def prepare():
+                d_state_tile[...] = d_state.astype(jnp.bfloat16)
+                d_out = do_tile[...].astype(jnp.float32) * from_start
+                d_out_tile[...] = d_out.astype(jnp.bfloat16)
+                plgpu.commit_smem()
+                across = jnp.sum(state_tile[...].astype(jnp.float32) * d_state, axis=1) * decayed
+                pairs = mg.by_column(since_by_column) - mg.by_row(since)
+                pairs = jnp.where(mg.iota(1) >= mg.iota(0), pairs, -jnp.inf)
+                return jnp.exp2(mg.off_prefix(pairs, 0, c, num_prefix, -jnp.inf)), across
+
             # Scores by (key, query), so that only one of the two is needed the other way.
-            scores, d_scores, d_state = multiply(
-                (None, k_tile, q_tile.transpose((1, 0))),
-                (None, v_tile, do_tile.transpose((1, 0))),
-                (d_state * decayed, q_tile.transpose((1, 0)), d_out_tile),
+            (scores, d_scores), (weights, across) = during(
+                prepare,
+                (k_tile, q_tile.transpose((1, 0))),
+                (v_tile, do_tile.transpose((1, 0))),
             )
-            pairs = mg.by_column(since_by_column) - mg.by_row(since)
-            pairs = jnp.where(mg.iota(1) >= mg.iota(0), pairs, -jnp.inf)
-            weights = jnp.exp(mg.off_prefix(pairs, 0, c, num_prefix, -jnp.inf))
-            scores = (scores * weights).astype(jnp.bfloat16)
-            d_scores = (d_scores * weights).astype(jnp.bfloat16)
-            d_scores_tile[...] = d_scores
-            plgpu.commit_smem()
-            dv, dk, dq = multiply(
-                (None, k_tile, d_state_tile),
-                (None, v_tile, d_state_tile.transpose((1, 0))),
-                (None, do_tile, state_tile.transpose((1, 0))),
+
+            def weigh():
+                d_weighted = (d_scores * weights).astype(jnp.bfloat16)
+                d_scores_tile[...] = d_weighted
+                plgpu.commit_smem()
+                return (scores * weights).astype(jnp.bfloat16), d_weighted
+
+            (dv, dk, added), (scores, d_scores) = during(
+                weigh,
+                (k_tile, d_state_tile),
+                (v_tile, d_state_tile.transpose((1, 0))),
+                (q_tile.transpose((1, 0)), d_out_tile),
             )
-            dv, dk, dq = dv * to_end, dk * to_end, dq * from_start
-            keys = k_tile[...].astype(jnp.float32)
-            later = jnp.sum(keys * dk, axis=1)
-            dv, dk, dq = multiply(
-                (dv, scores, do_tile),
-                (dk, d_scores, q_tile),
-                (dq, d_scores_tile.transpose((1, 0)), k_tile),
-            )
-            queries = q_tile[...].astype(jnp.float32)
-            x_tile[...] = jnp.sum(queries * dq - keys * dk, axis=1) + later + across
-            y_tile[...] = later + across
-            plgpu.commit_smem()
-            # Where the step into row u is crossed: from pairs that end at or after u ...
-            x = mg.by_column(plgpu.load(x_tile, layout=mg.COLUMN))
-            # ... and from keys before u that are read in later chunks.
-            y = mg.by_column(plgpu.load(y_tile, layout=mg.COLUMN))
-            outputs["dg"][at, h, c] = jnp.sum(jnp.where(mg.iota(1) >= mg.iota(0), x, y), axis=1)
+            dv, dk, d_state = dv * to_end, dk * to_end, d_state * decayed + added
+            later = jnp.sum(k_tile[...].astype(jnp.float32) * dk, axis=1)
+            dv, dk = multiply((dv, scores, do_tile), (dk, d_scores, q_tile))
+
+            def leave():
+                ending = later - jnp.sum(k_tile[...].astype(jnp.float32) * dk, axis=1)
+                if not num_prefix:
+                    d_state_tile[...] = dk.astype(jnp.bfloat16)
+                    d_out_tile[...] = dv.astype(jnp.bfloat16)
+                return ending
+
+            (dq,), ending = during(leave, (do_tile, state_tile.transpose((1, 0))))
+            (dq,) = multiply((dq * from_start, d_scores_tile.transpose((1, 0)), k_tile))
+            ending += jnp.sum(q_tile[...].astype(jnp.float32) * dq, axis=1)
+            outputs["ending"][at, h, c] = ending + across
+            outputs["starting"][at, h, c] = later + across
 
             new_sums = []
             for p, (rows, d_rows) in enumerate(zip(prefix, sums, strict=True)):
@@ -196,13 +211,17 @@ def backward(
                 new_sums.append(d_rows)
 
             d_scores_tile[...] = dq.astype(jnp.bfloat16)
-            d_state_tile[...] = dk.astype(jnp.bfloat16)
-            d_out_tile[...] = dv.astype(jnp.bfloat16)
+            if num_prefix:
+                d_state_tile[...] = dk.astype(jnp.bfloat16)
+                d_out_tile[...] = dv.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            for tile, name in zip((d_scores_tile, d_state_tile, d_out_tile), ("dq", "dk", "dv")):
-                plgpu.copy_smem_to_gmem(
-                    tile, outputs[name].at[at, pl.ds(c * mg.CHUNK, mg.CHUNK), h]
-                )
+            for tile, name in (
+                (d_scores_tile, "dq"),
+                (d_state_tile, "dk"),
+                (d_out_tile, "dv"),
+            ):
+                rows = pl.ds(c * mg.CHUNK, mg.CHUNK)
+                plgpu.copy_smem_to_gmem(tile, outputs[name].at[at, rows, h])
             return d_state, new_sums
 
         d_state = mg.zeros()
@@ -236,14 +255,28 @@ def backward(
             outputs["d_starts"][at, h, z] = carry[0]
         plgpu.wait_smem_to_gmem(0)
 
-    inputs = {"q": q, "k": k, "v": v, "d_o": d_o, "states": states, "b": b[:, :, :, 0]}
+    inputs = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "d_o": d_o,
+        "states": states,
+        "b": b[:, :, :, 0] * math.log2(math.e),
+    }
     if d_ends is not None:
         inputs["d_ends"] = d_ends
     if d_prefix is not None:
         inputs["d_prefix_k"], inputs["d_prefix_v"] = d_prefix
     grid = (batch, heads, segments)
-    out = mg.launch(kernel, inputs, out_type, 3, num_prefix, grid, interpret, vectors=2)
-    return *(out[name] for name in ("dq", "dk", "dv", "dg")), out.get("d_starts")
+    out = mg.launch(kernel, inputs, out_type, 3, num_prefix, grid, interpret)
+    ending, starting = out["ending"], out["starting"]
+    if b.shape[0] == 1:
+        ending, starting = (jnp.sum(x, axis=0, keepdims=True) for x in (ending, starting))
+    # The step into row u is crossed by the pairs that end at u or later in the chunk, and by
+    # the keys before u that are read in later chunks.
+    reach = jnp.tril(jnp.ones((mg.CHUNK, mg.CHUNK)))
+    dg = einsum("bhmt,tu->bhmu", ending, reach) + einsum("bhms,su->bhmu", starting, 1 - reach)
+    return *(out[name] for name in ("dq", "dk", "dv")), dg, out.get("d_starts")
 
 
 def segment_states(
@@ -267,18 +300,18 @@ def segment_states(
 
         def body(index, k_tile, v_tile, b_tile, b_again_tile, state):
             whole = b_tile[mg.CHUNK - 1]
-            to_end = mg.by_row(jnp.exp(whole - plgpu.load(b_tile, layout=mg.ROW)))
+            to_end = mg.by_row(jnp.exp2(whole - plgpu.load(b_tile, layout=mg.ROW)))
             to_end = mg.off_prefix(to_end, 0, chunk_of(index[0]), num_prefix, 0.0)
             value_tile[...] = (v_tile[...].astype(jnp.float32) * to_end).astype(jnp.bfloat16)
             plgpu.commit_smem()
-            term = (state * jnp.exp(whole), k_tile.transpose((1, 0)), value_tile)
+            term = (state * jnp.exp2(whole), k_tile.transpose((1, 0)), value_tile)
             (state,) = mg.multiply(term, interpret=interpret)
             return state
 
         state = mg.pipeline(body, inputs, "kv", (), at, h, chunk_of, chunks, stages, mg.zeros())
         outputs["states"][at, h, z] = state
 
-    inputs = {"k": k, "v": v, "b": b[:, :, :, 0]}
+    inputs = {"k": k, "v": v, "b": b[:, :, :, 0] * math.log2(math.e)}
     shape = (batch, heads, segments - 1, mg.DIM, mg.DIM)
     out_type = {"states": jax.ShapeDtypeStruct(shape, jnp.float32)}
     grid = (batch, heads, segments - 1)
@@ -313,11 +346,11 @@ def segment_gradients(
 
         def body(index, q_tile, do_tile, b_tile, b_again_tile, carry):
             d_state, sums = carry
-            from_start = mg.by_row(jnp.exp(plgpu.load(b_tile, layout=mg.ROW)))
+            from_start = mg.by_row(jnp.exp2(plgpu.load(b_tile, layout=mg.ROW)))
             d_out = do_tile[...].astype(jnp.float32)
             d_out_tile[...] = (d_out * from_start).astype(jnp.bfloat16)
             plgpu.commit_smem()
-            whole = jnp.exp(b_tile[mg.CHUNK - 1])
+            whole = jnp.exp2(b_tile[mg.CHUNK - 1])
             term = (d_state * whole, q_tile.transpose((1, 0)), d_out_tile)
             (d_state,) = mg.multiply(term, interpret=interpret)
             new_sums = [
@@ -336,7 +369,7 @@ def segment_gradients(
             for name, row in zip(("d_prefix_k", "d_prefix_v"), rows, strict=True):
                 outputs[name][at, h, z, p] = row
 
-    inputs = {"q": q, "d_o": d_o, "k": k, "v": v, "b": b[:, :, :, 0]}
+    inputs = {"q": q, "d_o": d_o, "k": k, "v": v, "b": b[:, :, :, 0] * math.log2(math.e)}
     grid = (batch, heads, segments - 1)
     out = mg.launch(kernel, inputs, out_type, 1, num_prefix, grid, interpret)
     return out["d_states"], out.get("d_prefix_k"), out.get("d_prefix_v")
