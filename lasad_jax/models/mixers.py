@@ -14,6 +14,7 @@ from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.layers import Linear, RMSNorm
 from lasad_jax.models.local_conv import NUM_PREFIX, LocalConv
+from lasad_jax.models.operator import linear_attention
 from lasad_jax.models.rope import rotate
 
 _HEADS = ("embed", "heads", "head_dim")
@@ -89,7 +90,7 @@ class LASADMixer(nn.Module):
             )
             out = out[:, None]
         else:
-            out = ops.linear_attention(
+            out = linear_attention(
                 q,
                 k,
                 v,

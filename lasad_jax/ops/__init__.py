@@ -13,7 +13,7 @@ R x C grid in raster order. One legend of dimension letters for the whole packag
 time from a carried state, `decay_matrix` the weights D(t, s) themselves.
 """
 
-from lasad_jax.ops.attention import IMPLEMENTATIONS, linear_attention
+from lasad_jax.ops.attention import IMPLEMENTATIONS, linear_attention, resolve_implementation
 from lasad_jax.ops.decays import (
     Decay,
     ManhattanDecay,
@@ -22,11 +22,13 @@ from lasad_jax.ops.decays import (
     SequenceDecay,
     decay_matrix,
 )
+from lasad_jax.ops.kernels.choice import KERNELS
 from lasad_jax.ops.state import State, init_state
 from lasad_jax.ops.step import step
 
 __all__ = [
     "IMPLEMENTATIONS",
+    "KERNELS",
     "Decay",
     "ManhattanDecay",
     "NoDecay",
@@ -36,5 +38,6 @@ __all__ = [
     "decay_matrix",
     "init_state",
     "linear_attention",
+    "resolve_implementation",
     "step",
 ]

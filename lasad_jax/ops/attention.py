@@ -66,7 +66,7 @@ def linear_attention(
     """
     _check(q, k, v, decay, grid, num_prefix, log_gate, implementation, initial_state)
     decay = jax.tree.map(lambda rate: rate.astype(accumulator(q.dtype)), decay)
-    implementation = resolve(
+    implementation = resolve_implementation(
         implementation, q, v, decay, stateful=return_state or initial_state is not None
     )
     if implementation == "quadratic":
@@ -113,7 +113,9 @@ def linear_attention(
     return out, State(state.prefix_k, state.prefix_v, memory, state.index + num_tokens)
 
 
-def resolve(implementation: str, q: Array, v: Array, decay: Decay, *, stateful: bool) -> str:
+def resolve_implementation(
+    implementation: str, q: Array, v: Array, decay: Decay, *, stateful: bool
+) -> str:
     """The implementation that "auto" stands for here; any other name, if it can run.
 
     Raises:

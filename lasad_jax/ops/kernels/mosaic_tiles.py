@@ -5,6 +5,8 @@ row or by column of such a tile; shared memory holds tiles swizzled, as wgmma an
 them.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -29,6 +31,11 @@ def by_row(x):
 def by_column(x):
     """(64,) by column to a whole tile."""
     return lax.broadcast_in_dim(x, _SQUARE, [1])
+
+
+def log2(x):
+    """Natural logarithms as logarithms to base 2: exp2 is what the hardware has."""
+    return x * math.log2(math.e)
 
 
 def zeros():

@@ -7,10 +7,10 @@ that one computes while another waits. Contract of the arguments: `recurrence.Ba
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -60,9 +60,9 @@ def forward(
 
         def body(index, q_tile, k_tile, v_tile, b_tile, b_again_tile, state):
             c = chunk_of(index[0])
-            since = plgpu.load(b_tile, layout=mg.ROW)
-            since_by_column = plgpu.load(b_again_tile, layout=mg.COLUMN)
-            whole = b_tile[mg.CHUNK - 1]
+            since = mg.log2(plgpu.load(b_tile, layout=mg.ROW))
+            since_by_column = mg.log2(plgpu.load(b_again_tile, layout=mg.COLUMN))
+            whole = mg.log2(b_tile[mg.CHUNK - 1])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def prepare():
@@ -99,7 +99,7 @@ def forward(
             outputs["ends"][at, h, z] = state
         plgpu.wait_smem_to_gmem(0)
 
-    inputs = {"q": q, "k": k, "v": v, "b": b[:, :, :, 0] * math.log2(math.e)}
+    inputs = {"q": q, "k": k, "v": v, "b": b[:, :, :, 0]}
     if starts is not None:
         inputs["starts"] = starts
     grid = (batch, heads, segments)
@@ -130,7 +130,7 @@ def backward(
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     out_type = {"dq": like(q), "dk": like(k), "dv": like(v)}
     of = lambda *shape: jax.ShapeDtypeStruct((batch, heads, *shape), jnp.float32)
-    out_type["ending"] = out_type["starting"] = of(num_chunks, mg.CHUNK)
+    out_type["crossings"] = of(num_chunks, 2, mg.CHUNK)
     if return_d_starts:
         out_type["d_starts"] = of(segments, mg.DIM, mg.DIM)
 
@@ -147,9 +147,9 @@ def backward(
         def body(index, q_tile, k_tile, v_tile, do_tile, state_tile, b_tile, b_again_tile, carry):
             d_state, sums = carry
             c = chunk_of(index[0])
-            since = plgpu.load(b_tile, layout=mg.ROW)
-            since_by_column = plgpu.load(b_again_tile, layout=mg.COLUMN)
-            whole = b_tile[mg.CHUNK - 1]
+            since = mg.log2(plgpu.load(b_tile, layout=mg.ROW))
+            since_by_column = mg.log2(plgpu.load(b_again_tile, layout=mg.COLUMN))
+            whole = mg.log2(b_tile[mg.CHUNK - 1])
             from_start = mg.by_row(jnp.exp2(since))
             to_end = mg.off_prefix(mg.by_row(jnp.exp2(whole - since)), 0, c, num_prefix, 0.0)
             decayed = jnp.exp2(whole)
@@ -198,8 +198,8 @@ def backward(
             (dq,), ending = during(leave, (do_tile, state_tile.transpose((1, 0))))
             (dq,) = multiply((dq * from_start, d_scores_tile.transpose((1, 0)), k_tile))
             ending += jnp.sum(q_tile[...].astype(jnp.float32) * dq, axis=1)
-            outputs["ending"][at, h, c] = ending + across
-            outputs["starting"][at, h, c] = later + across
+            outputs["crossings"][at, h, c, 0] = ending + across
+            outputs["crossings"][at, h, c, 1] = later + across
 
             new_sums = []
             for p, (rows, d_rows) in enumerate(zip(prefix, sums, strict=True)):
@@ -261,7 +261,7 @@ def backward(
         "v": v,
         "d_o": d_o,
         "states": states,
-        "b": b[:, :, :, 0] * math.log2(math.e),
+        "b": b[:, :, :, 0],
     }
     if d_ends is not None:
         inputs["d_ends"] = d_ends
@@ -269,14 +269,21 @@ def backward(
         inputs["d_prefix_k"], inputs["d_prefix_v"] = d_prefix
     grid = (batch, heads, segments)
     out = mg.launch(kernel, inputs, out_type, 3, num_prefix, grid, interpret)
-    ending, starting = out["ending"], out["starting"]
-    if b.shape[0] == 1:
-        ending, starting = (jnp.sum(x, axis=0, keepdims=True) for x in (ending, starting))
-    # The step into row u is crossed by the pairs that end at u or later in the chunk, and by
-    # the keys before u that are read in later chunks.
-    reach = jnp.tril(jnp.ones((mg.CHUNK, mg.CHUNK)))
-    dg = einsum("bhmt,tu->bhmu", ending, reach) + einsum("bhms,su->bhmu", starting, 1 - reach)
+    dg = _cross(out["crossings"], shared=b.shape[0] == 1)
     return *(out[name] for name in ("dq", "dk", "dv")), dg, out.get("d_starts")
+
+
+def _cross(
+    crossings: Float32[Array, "B H M 2 L"], shared: bool
+) -> Float32[Array, "one_or_B H M L"]:
+    """dg: the step into row u is crossed by pairs that end at u or later in the chunk, and by
+    the keys before u that are read in later chunks."""
+    reach = np.tril(np.ones((mg.CHUNK, mg.CHUNK), np.float32))
+    reach = np.stack([reach, 1 - reach])
+    if not shared:
+        return einsum("bhmjt,jtu->bhmu", crossings, reach)
+    total = jnp.sum(crossings, axis=0, keepdims=True)
+    return jnp.sum(total[..., None] * reach, axis=(3, 4))
 
 
 def segment_states(
@@ -299,8 +306,8 @@ def segment_states(
         chunk_of = lambda i: z * chunks + i
 
         def body(index, k_tile, v_tile, b_tile, b_again_tile, state):
-            whole = b_tile[mg.CHUNK - 1]
-            to_end = mg.by_row(jnp.exp2(whole - plgpu.load(b_tile, layout=mg.ROW)))
+            whole = mg.log2(b_tile[mg.CHUNK - 1])
+            to_end = mg.by_row(jnp.exp2(whole - mg.log2(plgpu.load(b_tile, layout=mg.ROW))))
             to_end = mg.off_prefix(to_end, 0, chunk_of(index[0]), num_prefix, 0.0)
             value_tile[...] = (v_tile[...].astype(jnp.float32) * to_end).astype(jnp.bfloat16)
             plgpu.commit_smem()
@@ -311,7 +318,7 @@ def segment_states(
         state = mg.pipeline(body, inputs, "kv", (), at, h, chunk_of, chunks, stages, mg.zeros())
         outputs["states"][at, h, z] = state
 
-    inputs = {"k": k, "v": v, "b": b[:, :, :, 0] * math.log2(math.e)}
+    inputs = {"k": k, "v": v, "b": b[:, :, :, 0]}
     shape = (batch, heads, segments - 1, mg.DIM, mg.DIM)
     out_type = {"states": jax.ShapeDtypeStruct(shape, jnp.float32)}
     grid = (batch, heads, segments - 1)
@@ -346,11 +353,11 @@ def segment_gradients(
 
         def body(index, q_tile, do_tile, b_tile, b_again_tile, carry):
             d_state, sums = carry
-            from_start = mg.by_row(jnp.exp2(plgpu.load(b_tile, layout=mg.ROW)))
+            from_start = mg.by_row(jnp.exp2(mg.log2(plgpu.load(b_tile, layout=mg.ROW))))
             d_out = do_tile[...].astype(jnp.float32)
             d_out_tile[...] = (d_out * from_start).astype(jnp.bfloat16)
             plgpu.commit_smem()
-            whole = jnp.exp2(b_tile[mg.CHUNK - 1])
+            whole = jnp.exp2(mg.log2(b_tile[mg.CHUNK - 1]))
             term = (d_state * whole, q_tile.transpose((1, 0)), d_out_tile)
             (d_state,) = mg.multiply(term, interpret=interpret)
             new_sums = [
@@ -369,7 +376,7 @@ def segment_gradients(
             for name, row in zip(("d_prefix_k", "d_prefix_v"), rows, strict=True):
                 outputs[name][at, h, z, p] = row
 
-    inputs = {"q": q, "d_o": d_o, "k": k, "v": v, "b": b[:, :, :, 0] * math.log2(math.e)}
+    inputs = {"q": q, "d_o": d_o, "k": k, "v": v, "b": b[:, :, :, 0]}
     grid = (batch, heads, segments - 1)
     out = mg.launch(kernel, inputs, out_type, 1, num_prefix, grid, interpret)
     return out["d_states"], out.get("d_prefix_k"), out.get("d_prefix_v")

@@ -1,0 +1,64 @@
+"""The operator inside a model on a mesh: a fused kernel sees its device's own images and heads.
+
+XLA splits its own operations over a mesh, but not a kernel: it would first gather the whole
+batch on every device. No token of one image or head depends on another, so `shard_map` over
+both needs no communication.
+"""
+
+import functools
+import math
+
+import jax
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from lasad_jax import ops
+
+
+def linear_attention(
+    q: Float[Array, "B N H Dk"],
+    k: Float[Array, "B N H Dk"],
+    v: Float[Array, "B N H Dv"],
+    decay: ops.Decay,
+    *,
+    grid: tuple[int, int],
+    num_prefix: int,
+    log_gate: Float[Array, "B N H"] | None,
+    implementation: str,
+    return_state: bool,
+) -> Float[Array, "B N H Dv"] | tuple[Float[Array, "B N H Dv"], ops.State]:
+    """`ops.linear_attention` of whole sequences under the current mesh and axis rules."""
+    implementation = ops.resolve_implementation(implementation, q, v, decay, stateful=return_state)
+    run = functools.partial(
+        ops.linear_attention,
+        grid=grid,
+        num_prefix=num_prefix,
+        implementation=implementation,
+        return_state=return_state,
+    )
+    mesh = jax.sharding.get_abstract_mesh()
+    if implementation not in ops.KERNELS or mesh.empty:
+        return run(q, k, v, decay, log_gate=log_gate)
+
+    images, heads = nn.logical_to_mesh_axes(("batch", "heads"))
+    images, heads = (
+        axes if size % _parts(mesh, axes) == 0 else None
+        for axes, size in ((images, q.shape[0]), (heads, q.shape[2]))
+    )
+    tokens = PartitionSpec(images, None, heads)
+    rates = jax.tree.map(lambda _: PartitionSpec(heads), decay)
+    gates = None if log_gate is None else tokens
+    state = ops.State(tokens, tokens, PartitionSpec(images, heads), PartitionSpec())
+    return jax.shard_map(
+        lambda q, k, v, decay, log_gate: run(q, k, v, decay, log_gate=log_gate),
+        in_specs=(tokens, tokens, tokens, rates, gates),
+        out_specs=(tokens, state) if return_state else tokens,
+        check_vma=False,
+    )(q, k, v, decay, log_gate)
+
+
+def _parts(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
+    """How many parts an array axis is split into."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[name] for name in names)
