@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Int
 from lasad_jax.ops import manhattan, recurrence
 from lasad_jax.ops.decays import Decay, Grid, ManhattanDecay
 from lasad_jax.ops.kernels import choice
-from lasad_jax.ops.kernels.manhattan import fused_manhattan
 from lasad_jax.ops.kernels.recurrence import fused_recurrence
 from lasad_jax.ops.numerics import accumulator, einsum
 from lasad_jax.ops.quadratic import quadratic
@@ -66,26 +65,20 @@ def linear_attention(
     """
     _check(q, k, v, decay, grid, num_prefix, log_gate, implementation, initial_state)
     decay = jax.tree.map(lambda rate: rate.astype(accumulator(q.dtype)), decay)
-    implementation = resolve_implementation(
-        implementation, q, v, decay, stateful=return_state or initial_state is not None
-    )
+    stateful = return_state or initial_state is not None
+    implementation = resolve_implementation(implementation, q, v, decay, stateful=stateful)
     if implementation == "quadratic":
         return quadratic(q, k, v, decay, grid=grid, num_prefix=num_prefix, log_gate=log_gate)
 
-    if implementation in choice.KERNELS and isinstance(decay, ManhattanDecay):
-        forward, backward = choice.manhattan(implementation)
-        static = {"columns": grid[1], "num_prefix": num_prefix}
-        return fused_manhattan(q, k, v, decay, forward=forward, backward=backward, **static)
-    if implementation in choice.KERNELS and initial_state is None:
+    fused, exact = implementation in choice.KERNELS, isinstance(decay, ManhattanDecay)
+    short = q.shape[1] - num_prefix <= choice.LONGEST_MANHATTAN
+    if fused and exact and short and not stateful:
+        return choice.manhattan(implementation, grid[1], num_prefix)(q, k, v, decay)
+    if fused and not exact and initial_state is None:
         g = _log_factors(decay, jnp.arange(q.shape[1]) - num_prefix, grid, log_gate, q.dtype)
+        backend = choice.recurrence(implementation, q, v)
         out, memory = fused_recurrence(
-            q,
-            k,
-            v,
-            g,
-            num_prefix=num_prefix,
-            backend=choice.recurrence(implementation, q, v),
-            return_memory=return_state,
+            q, k, v, g, num_prefix=num_prefix, backend=backend, return_memory=return_state
         )
         return (out, _state_after(k, v, num_prefix, memory)) if return_state else out
 
@@ -103,7 +96,7 @@ def linear_attention(
     # A plain 0 keeps positions static, so that the common call folds them into constants.
     index = state.index if initial_state is not None else 0
     state, from_prefix = _take_prefix(q, k, v, state, index)
-    linear = _column_memory if isinstance(decay, ManhattanDecay) else _one_memory
+    linear = _column_memory if exact else _one_memory
     out, memory = linear(
         q, k, v, decay, state.memory, index, grid, num_prefix, log_gate, implementation
     )
@@ -122,14 +115,14 @@ def resolve_implementation(
       ValueError: saying why the named implementation cannot run.
     """
     if implementation in choice.KERNELS:
-        obstacle = choice.obstacle(implementation, q, v, decay, stateful=stateful)
+        obstacle = choice.obstacle(implementation, q, v, decay)
         if obstacle:
             raise ValueError(f"implementation: {implementation!r} cannot run here: {obstacle}")
     if implementation == "quadratic" and stateful:
         raise ValueError("implementation='quadratic' carries no state; use 'chunked' or 'scan'")
     if implementation != "auto":
         return implementation
-    kernels = choice.choose(q, v, decay, stateful=stateful)
+    kernels = choice.choose(q, v, decay)
     if kernels is not None:
         return kernels
     limits = _QUADRATIC_UP_TO.get(choice.device().platform, _QUADRATIC_UP_TO["gpu"])
@@ -201,10 +194,13 @@ def _column_memory(q, k, v, decay, memory, index, grid, num_prefix, log_gate, im
         return jnp.zeros_like(v, shape=(v.shape[0], num_tokens, *v.shape[2:])), memory
     rows_q, rows_k, rows_v = (manhattan.lay_on_rows(x, column, columns) for x in (q, k, v))
     start = manhattan.memory_at_row(memory, decay, column)
-    if implementation == "chunked":
-        rows = manhattan.chunked(rows_q, rows_k, rows_v, decay, start)
-    else:
+    if implementation == "scan":
         rows = manhattan.scan(rows_q, rows_k, rows_v, decay, start)
+    else:
+        fused = None
+        if implementation in choice.KERNELS:
+            fused = choice.manhattan(implementation, columns, num_prefix=0)
+        rows = manhattan.chunked(rows_q, rows_k, rows_v, decay, start, fused=fused)
     out = manhattan.take_from_rows(rows, column, on_grid)
     out = jnp.pad(out, [(0, 0), (skipped, 0), (0, 0), (0, 0)])
     return out, manhattan.final_memory(rows_k, rows_v, memory, decay, column, on_grid)

@@ -8,15 +8,20 @@ Tokens are first laid on whole rows, wherever in a row they start; cells that ho
 token have zero keys and so leave no trace.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lasad_jax.ops.decays import ManhattanDecay
 from lasad_jax.ops.numerics import accumulator, combine, einsum
+from lasad_jax.ops.quadratic import quadratic
 
-_ROWS_PER_BLOCK = 8
-_TOKENS_PER_BLOCK = 64
+# (rows, tokens) that a block has at least. The backward pass keeps C * Dk * Dv numbers for
+# every block, so blocks must not be thin; fused kernels make even long blocks cheap.
+_SMALLEST_BLOCK = {"written out": (8, 64), "fused": (8, 4096)}
 
 Rows = Float[Array, "B R C H D"]
 ColumnMemory = Float[Array, "B H C Dk Dv"]
@@ -74,19 +79,29 @@ def final_memory(
     return _row_decay(decay, passed).T[:, :, None, None] * memory + added
 
 
-def chunked(q: Rows, k: Rows, v: Rows, decay: ManhattanDecay, memory: ColumnMemory) -> Rows:
+def chunked(
+    q: Rows,
+    k: Rows,
+    v: Rows,
+    decay: ManhattanDecay,
+    memory: ColumnMemory,
+    *,
+    fused: Callable | None = None,
+) -> Rows:
     """Matrix products within blocks of whole rows, column states carried between them.
 
     Args:
       q, k, v: tokens laid on rows.
       memory: all columns as of the first row (`memory_at_row`).
+      fused: (q, k, v, decay) to the outputs of an image of its own, for (B, N, H, D) tokens;
+        instead of writing out the weights within a block.
 
     Returns:
       the outputs, laid on rows.
     """
     num_rows, columns, dtype = q.shape[1], q.shape[2], v.dtype
-    # The backward pass keeps C * Dk * Dv numbers for every block, so blocks must not be thin.
-    num_blocks = -(-num_rows // max(_ROWS_PER_BLOCK, _TOKENS_PER_BLOCK // columns))
+    least_rows, least_tokens = _SMALLEST_BLOCK["fused" if fused else "written out"]
+    num_blocks = -(-num_rows // max(least_rows, least_tokens // columns))
     rows_per_block = -(-num_rows // num_blocks)
     padding = [(0, 0), (0, -num_rows % rows_per_block)] + [(0, 0)] * 3
     blocks = [
@@ -96,9 +111,7 @@ def chunked(q: Rows, k: Rows, v: Rows, decay: ManhattanDecay, memory: ColumnMemo
         for x in (q, k, v)
     ]
     r = jnp.arange(rows_per_block)
-    t = jnp.arange(rows_per_block * columns)
-    log_weights = decay.pair_log_decay(t, t, (rows_per_block, columns))
-    weights = jnp.exp(jnp.where(t[:, None] >= t[None, :], log_weights, -jnp.inf))
+    within = fused or functools.partial(_written_out, grid=(rows_per_block, columns))
     mix = _column_decay(decay, columns).astype(memory.dtype)
     down_to = _row_decay(decay, r)[None, :, None, :, None]
     down_from = _row_decay(decay, rows_per_block - r)[None, :, None, :, None]
@@ -107,17 +120,19 @@ def chunked(q: Rows, k: Rows, v: Rows, decay: ManhattanDecay, memory: ColumnMemo
     @jax.checkpoint
     def one_block(memory, block):
         q, k, v = block
-        flat_q, flat_k, flat_v = (x.reshape(x.shape[0], -1, *x.shape[3:]) for x in block)
-        scores = einsum("bthd,bshd->bhts", flat_q, flat_k) * weights
-        within = einsum("bhts,bshe->bthe", scores.astype(dtype), flat_v)
+        own = within(*(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in block), decay)
         mixed = einsum("hxc,bhcde->bhxde", mix, memory).astype(dtype)
         carried = einsum("brchd,bhcde->brche", (q * down_to).astype(dtype), mixed)
         added = einsum("brchd,brche->bhcde", (k * down_from).astype(dtype), v)
-        return down_all * memory + added, (carried + within.reshape(carried.shape)).astype(dtype)
+        return down_all * memory + added, (carried + own.reshape(carried.shape)).astype(dtype)
 
     _, out = jax.lax.scan(one_block, memory, blocks)
     out = jnp.moveaxis(out, 0, 1)
     return out.reshape(out.shape[0], -1, *out.shape[3:])[:, :num_rows]
+
+
+def _written_out(q, k, v, decay, *, grid):
+    return quadratic(q, k, v, decay, grid=grid, num_prefix=0, log_gate=None)
 
 
 def scan(q: Rows, k: Rows, v: Rows, decay: ManhattanDecay, memory: ColumnMemory) -> Rows:

@@ -4,18 +4,21 @@ import dataclasses
 import functools
 import importlib
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from lasad_jax.ops.decays import Decay, ManhattanDecay
+from lasad_jax.ops.kernels.manhattan import fused_manhattan
 from lasad_jax.ops.kernels.recurrence import Backend
 
 KERNELS = ("mosaic_gpu", "triton", "mosaic_tpu")
 
-# Beyond it `manhattan`'s kernels, quadratic in N, lose to the linear form.
-LONGEST_MANHATTAN = 4200
+# Grid tokens up to which `manhattan`'s kernels, quadratic in N, take the whole sequence;
+# beyond, they take blocks of the linear form.
+LONGEST_MANHATTAN = 4096
 _HOPPER = re.compile(r"\bG?H\d+")
 _WIDTHS = (16, 32, 64, 128)
 # One program on each multiprocessor of a Hopper GPU, and the shortest segment worth a pass
@@ -40,16 +43,16 @@ def device() -> Device:
     return Device(jax.default_backend(), jax.devices()[0].device_kind)
 
 
-def choose(q: Array, v: Array, decay: Decay, *, stateful: bool) -> str | None:
+def choose(q: Array, v: Array, decay: Decay) -> str | None:
     """The best kernels for these arguments on this device; None if none can run."""
-    able = (name for name in KERNELS if obstacle(name, q, v, decay, stateful=stateful) is None)
+    able = (name for name in KERNELS if obstacle(name, q, v, decay) is None)
     return next(able, None)
 
 
-def obstacle(name: str, q: Array, v: Array, decay: Decay, *, stateful: bool) -> str | None:
+def obstacle(name: str, q: Array, v: Array, decay: Decay) -> str | None:
     """Why the kernels `name` cannot take these arguments on this device; None if they can."""
     where, exact = device(), isinstance(decay, ManhattanDecay)
-    num_tokens, key_dim, value_dim = q.shape[1], q.shape[3], v.shape[3]
+    key_dim, value_dim = q.shape[3], v.shape[3]
     needed = "tpu" if name == "mosaic_tpu" else "gpu"
     if where.platform not in {"gpu": ("gpu", "cuda"), "tpu": ("tpu",)}[needed]:
         return f"it needs a {needed.upper()}, not {where.kind} ({where.platform})"
@@ -59,10 +62,6 @@ def obstacle(name: str, q: Array, v: Array, decay: Decay, *, stateful: bool) -> 
         return f"it takes bfloat16 or float32, the same for all, not {q.dtype} and {v.dtype}"
     if key_dim not in _WIDTHS or value_dim not in _WIDTHS:
         return f"it takes Dk and Dv of {_WIDTHS}, not {key_dim} and {value_dim}"
-    if exact and stateful:
-        return "the fused 2D decay carries no state; use 'chunked' or 'scan'"
-    if exact and num_tokens > LONGEST_MANHATTAN:
-        return f"the fused 2D decay is quadratic, for up to {LONGEST_MANHATTAN} tokens"
     return _obstacle_on_hopper(where, q, v, exact) if name == "mosaic_gpu" else None
 
 
@@ -101,10 +100,13 @@ def recurrence(name: str, q: Array, v: Array, *, interpret: bool = False) -> Bac
     return Backend(name, chunk=32 if wide else 64, segments=_segments, **kernels)
 
 
-def manhattan(name: str) -> tuple:
-    """The forward and backward kernels of the exact 2D decay."""
+def manhattan(name: str, columns: int, num_prefix: int) -> Callable:
+    """The exact 2D decay as (q, k, v, decay) to o, for whole images."""
     module = importlib.import_module(f"lasad_jax.ops.kernels.{_MODULES[name][1]}")
-    return module.forward, module.backward
+    static = {"columns": columns, "num_prefix": num_prefix}
+    return functools.partial(
+        fused_manhattan, forward=module.forward, backward=module.backward, **static
+    )
 
 
 # Imported when first used: each needs a part of Pallas that not every installation has.

@@ -42,39 +42,23 @@ def zeros():
     return plgpu.layout_cast(jnp.zeros(_SQUARE, jnp.float32), TILE)
 
 
-def multiply(*terms, interpret):
-    """Adds a @ b to each (accumulator, a, b); all products run concurrently.
+def multiply(*pairs, work=lambda: None, interpret):
+    """All products a @ b at once, and the result of `work()`, which is done while they run.
 
     b lies in shared memory, a there or in registers.
     """
-    if interpret:  # JAX's interpreter knows neither operands nor first values in registers
-        return [start + _product(a, b) for start, a, b in terms]
+    if interpret:  # JAX's interpreter knows no operands in registers
+        value = lambda x: x if isinstance(x, jax.Array) else x[...]
+        product = lambda a, b: jnp.dot(value(a), value(b), preferred_element_type=jnp.float32)
+        return [product(a, b) for a, b in pairs], work()
 
-    def run(refs):
-        for ref, (_, a, b) in zip(refs, terms, strict=True):
-            plgpu.wgmma(ref, a, b)
-
-    return pl.run_state(run)([plgpu.ACC.init(start) for start, _, _ in terms])
-
-
-def multiply_during(work, *pairs, interpret):
-    """All products a @ b, and the result of `work()`, which is done while they run."""
-    if interpret:
-        products = [_product(a, b) for a, b in pairs]
-        return products, work()
-
-    def run(*refs):
-        for ref, (a, b) in zip(refs, pairs, strict=True):
-            plgpu.wgmma(ref, a, b)
+    def run(*accumulators):
+        for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
+            plgpu.wgmma(accumulator, a, b)
         done = work()
-        return [ref[...] for ref in refs], done
+        return [accumulator[...] for accumulator in accumulators], done
 
     return pl.run_scoped(run, *[plgpu.ACC(_SQUARE, jnp.float32)] * len(pairs))
-
-
-def _product(a, b):
-    a, b = (x if isinstance(x, jax.Array) else x[...] for x in (a, b))
-    return jnp.dot(a, b, preferred_element_type=jnp.float32)
 
 
 def iota(dimension):
@@ -148,8 +132,8 @@ def launch(kernel, inputs, out_type, num_tiles, num_prefix, grid, interpret):
     if num_prefix:
         rows = plgpu.SMEM((2, num_prefix, DIM), jnp.bfloat16)
         prefix_tiles = (rows, plgpu.Barrier(num_arrivals=2 * num_prefix))
-    tile = plgpu.SMEM(_SQUARE, jnp.bfloat16, transforms=_TRANSFORMS)
-    scratch = ([tile] * num_tiles, prefix_tiles)
+    tiles = plgpu.SMEM((num_tiles, *_SQUARE), jnp.bfloat16, transforms=_TRANSFORMS)
+    scratch = (tiles, prefix_tiles)
     names, out_names = list(inputs), list(out_type)
 
     def by_name(*refs):

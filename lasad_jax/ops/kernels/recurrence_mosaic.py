@@ -17,7 +17,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
 from lasad_jax.ops.kernels import mosaic_tiles as mg
+from lasad_jax.ops.kernels.mosaic_segments import segment_gradients, segment_states
 from lasad_jax.ops.numerics import einsum
+
+__all__ = ["backward", "forward", "segment_gradients", "segment_states"]
 
 _STAGES = 2
 
@@ -50,10 +53,8 @@ def forward(
 
     multiply = functools.partial(mg.multiply, interpret=interpret)
 
-    during = functools.partial(mg.multiply_during, interpret=interpret)
-
     def kernel(inputs, outputs, tiles, prefix_tiles):
-        state_tile, value_tile, out_tile = tiles
+        state_tile, value_tile, out_tile = (tiles.at[i] for i in range(3))
         at, h, z = (lax.axis_index(name) for name in "bhz")
         prefix = mg.fetch_prefix(inputs, at, h, num_prefix, prefix_tiles)
         chunk_of = lambda i: z * chunks + i
@@ -74,18 +75,18 @@ def forward(
                 pairs = jnp.where(mg.iota(0) >= mg.iota(1), pairs, -jnp.inf)
                 return jnp.exp2(mg.off_prefix(pairs, 1, c, num_prefix, -jnp.inf))
 
-            (scores,), weights = during(prepare, (q_tile, k_tile.transpose((1, 0))))
+            (scores,), weights = multiply((q_tile, k_tile.transpose((1, 0))), work=prepare)
             if keep_states:
                 plgpu.copy_smem_to_gmem(state_tile, outputs["states"].at[at, h, c])
-            (carried, added), weighted = during(
-                lambda: (scores * weights).astype(jnp.bfloat16),
+            (carried, added), weighted = multiply(
                 (q_tile, state_tile),
                 (k_tile.transpose((1, 0)), value_tile),
+                work=lambda: (scores * weights).astype(jnp.bfloat16),
             )
-            out = carried * mg.by_row(jnp.exp2(since))
+            (out,), _ = multiply((weighted, v_tile))
+            out += carried * mg.by_row(jnp.exp2(since))
             for p, (row_k, row_v) in enumerate(prefix):
                 out += mg.by_row(mg.read_prefix(q_tile, row_k, p, c)) * mg.by_column(row_v)
-            (out,) = multiply((out, weighted, v_tile))
             out_tile[...] = out.astype(jnp.bfloat16)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_tile, outputs["o"].at[at, pl.ds(c * mg.CHUNK, mg.CHUNK), h])
@@ -135,11 +136,8 @@ def backward(
         out_type["d_starts"] = of(segments, mg.DIM, mg.DIM)
 
     multiply = functools.partial(mg.multiply, interpret=interpret)
-    during = functools.partial(mg.multiply_during, interpret=interpret)
 
     def kernel(inputs, outputs, tiles, prefix_tiles):
-        # Three tiles serve twice: as operands, then for the gradients on their way out.
-        d_state_tile, d_scores_tile, d_out_tile = tiles
         at, h, z = (lax.axis_index(name) for name in "bhz")
         prefix = mg.fetch_prefix(inputs, at, h, num_prefix, prefix_tiles)
         chunk_of = lambda i: z * chunks + chunks - 1 - i
@@ -150,6 +148,11 @@ def backward(
             since = mg.log2(plgpu.load(b_tile, layout=mg.ROW))
             since_by_column = mg.log2(plgpu.load(b_again_tile, layout=mg.COLUMN))
             whole = mg.log2(b_tile[mg.CHUNK - 1])
+            # Three tiles serve twice: as operands, then for the gradients on their way out. The
+            # compiler must not see that their places never change: it would keep all it can
+            # derive from them in registers, which then do not suffice.
+            zero = jnp.where(whole > 0, 1, 0)
+            d_state_tile, d_scores_tile, d_out_tile = (tiles.at[i + zero] for i in range(3))
             from_start = mg.by_row(jnp.exp2(since))
             to_end = mg.off_prefix(mg.by_row(jnp.exp2(whole - since)), 0, c, num_prefix, 0.0)
             decayed = jnp.exp2(whole)
@@ -166,63 +169,68 @@ def backward(
                 return jnp.exp2(mg.off_prefix(pairs, 0, c, num_prefix, -jnp.inf)), across
 
             # Scores by (key, query), so that only one of the two is needed the other way.
-            (scores, d_scores), (weights, across) = during(
-                prepare,
+            (scores, d_scores), (weights, across) = multiply(
                 (k_tile, q_tile.transpose((1, 0))),
                 (v_tile, do_tile.transpose((1, 0))),
+                work=prepare,
             )
 
-            def weigh():
-                d_weighted = (d_scores * weights).astype(jnp.bfloat16)
-                d_scores_tile[...] = d_weighted
-                plgpu.commit_smem()
-                return (scores * weights).astype(jnp.bfloat16), d_weighted
+            scores = (scores * weights).astype(jnp.bfloat16)
+            d_scores = (d_scores * weights).astype(jnp.bfloat16)
+            d_scores_tile[...] = d_scores
+            plgpu.commit_smem()
 
-            (dv, dk, added), (scores, d_scores) = during(
-                weigh,
-                (k_tile, d_state_tile),
-                (v_tile, d_state_tile.transpose((1, 0))),
+            from_prefix = [
+                mg.prefix_gradients(q_tile, do_tile, rows, p, c, d_rows)
+                for p, (rows, d_rows) in enumerate(zip(prefix, sums, strict=True))
+            ]
+            sums = [d_rows for _, d_rows in from_prefix]
+
+            def put(tile, gradient, which):
+                """On its way out; prefix rows get their sums, complete once chunk 0 is done."""
+                for p, d_rows in enumerate(sums):
+                    own = (mg.iota(0) == p) & (c == 0)
+                    gradient = jnp.where(own, mg.by_column(d_rows[which]), gradient)
+                tile[...] = gradient.astype(jnp.bfloat16)
+
+            (added, dv_later, dv), _ = multiply(
                 (q_tile.transpose((1, 0)), d_out_tile),
+                (k_tile, d_state_tile),
+                (scores, do_tile),
             )
-            dv, dk, d_state = dv * to_end, dk * to_end, d_state * decayed + added
-            later = jnp.sum(k_tile[...].astype(jnp.float32) * dk, axis=1)
-            dv, dk = multiply((dv, scores, do_tile), (dk, d_scores, q_tile))
+            # Now, not at the end of the loop: until then it would take twice the registers.
+            d_state = lax.optimization_barrier(d_state * decayed + added)
+            dv += dv_later * to_end
+            (dk_later, dk), _ = multiply(
+                (v_tile, d_state_tile.transpose((1, 0))),
+                (d_scores, q_tile),
+                work=lambda: put(d_out_tile, dv, 1),
+            )
+            dk_later *= to_end
 
             def leave():
-                ending = later - jnp.sum(k_tile[...].astype(jnp.float32) * dk, axis=1)
-                if not num_prefix:
-                    d_state_tile[...] = dk.astype(jnp.bfloat16)
-                    d_out_tile[...] = dv.astype(jnp.bfloat16)
-                return ending
+                keys = k_tile[...].astype(jnp.float32)
+                put(d_state_tile, dk + dk_later, 0)
+                return jnp.sum(keys * dk_later, axis=1), jnp.sum(keys * dk, axis=1)
 
-            (dq,), ending = during(leave, (do_tile, state_tile.transpose((1, 0))))
-            (dq,) = multiply((dq * from_start, d_scores_tile.transpose((1, 0)), k_tile))
-            ending += jnp.sum(q_tile[...].astype(jnp.float32) * dq, axis=1)
+            (dq_before, dq), (later, within) = multiply(
+                (do_tile, state_tile.transpose((1, 0))),
+                (d_scores_tile.transpose((1, 0)), k_tile),
+                work=leave,
+            )
+            dq += dq_before * from_start
+            ending = jnp.sum(q_tile[...].astype(jnp.float32) * dq, axis=1) - within
             outputs["crossings"][at, h, c, 0] = ending + across
             outputs["crossings"][at, h, c, 1] = later + across
-
-            new_sums = []
-            for p, (rows, d_rows) in enumerate(zip(prefix, sums, strict=True)):
-                d_query, d_rows = mg.prefix_gradients(q_tile, do_tile, rows, p, c, d_rows)
+            for d_query, _ in from_prefix:
                 dq += d_query
-                own = (mg.iota(0) == p) & (c == 0)
-                dk = jnp.where(own, mg.by_column(d_rows[0]), dk)
-                dv = jnp.where(own, mg.by_column(d_rows[1]), dv)
-                new_sums.append(d_rows)
-
             d_scores_tile[...] = dq.astype(jnp.bfloat16)
-            if num_prefix:
-                d_state_tile[...] = dk.astype(jnp.bfloat16)
-                d_out_tile[...] = dv.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            for tile, name in (
-                (d_scores_tile, "dq"),
-                (d_state_tile, "dk"),
-                (d_out_tile, "dv"),
-            ):
-                rows = pl.ds(c * mg.CHUNK, mg.CHUNK)
-                plgpu.copy_smem_to_gmem(tile, outputs[name].at[at, rows, h])
-            return d_state, new_sums
+            rows = pl.ds(c * mg.CHUNK, mg.CHUNK)
+            plgpu.copy_smem_to_gmem(d_scores_tile, outputs["dq"].at[at, rows, h])
+            plgpu.copy_smem_to_gmem(d_state_tile, outputs["dk"].at[at, rows, h])
+            plgpu.copy_smem_to_gmem(d_out_tile, outputs["dv"].at[at, rows, h])
+            return d_state, sums
 
         d_state = mg.zeros()
         if "d_ends" in inputs:
@@ -284,99 +292,3 @@ def _cross(
         return einsum("bhmjt,jtu->bhmu", crossings, reach)
     total = jnp.sum(crossings, axis=0, keepdims=True)
     return jnp.sum(total[..., None] * reach, axis=(3, 4))
-
-
-def segment_states(
-    k: BFloat16[Array, "B N H 64"],
-    v: BFloat16[Array, "B N H 64"],
-    b: Float32[Array, "one_or_B H M 1 L"],
-    *,
-    num_prefix: int,
-    segments: int,
-    interpret: bool = False,
-    stages: int = 4,
-):
-    """What each segment but the last adds to the state, as of the segment's end."""
-    batch, _, heads, _ = k.shape
-    chunks = b.shape[2] // segments
-
-    def kernel(inputs, outputs, tiles, prefix_tiles):
-        (value_tile,) = tiles
-        at, h, z = (lax.axis_index(name) for name in "bhz")
-        chunk_of = lambda i: z * chunks + i
-
-        def body(index, k_tile, v_tile, b_tile, b_again_tile, state):
-            whole = mg.log2(b_tile[mg.CHUNK - 1])
-            to_end = mg.by_row(jnp.exp2(whole - mg.log2(plgpu.load(b_tile, layout=mg.ROW))))
-            to_end = mg.off_prefix(to_end, 0, chunk_of(index[0]), num_prefix, 0.0)
-            value_tile[...] = (v_tile[...].astype(jnp.float32) * to_end).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            term = (state * jnp.exp2(whole), k_tile.transpose((1, 0)), value_tile)
-            (state,) = mg.multiply(term, interpret=interpret)
-            return state
-
-        state = mg.pipeline(body, inputs, "kv", (), at, h, chunk_of, chunks, stages, mg.zeros())
-        outputs["states"][at, h, z] = state
-
-    inputs = {"k": k, "v": v, "b": b[:, :, :, 0]}
-    shape = (batch, heads, segments - 1, mg.DIM, mg.DIM)
-    out_type = {"states": jax.ShapeDtypeStruct(shape, jnp.float32)}
-    grid = (batch, heads, segments - 1)
-    return mg.launch(kernel, inputs, out_type, 1, 0, grid, interpret)["states"]
-
-
-def segment_gradients(
-    q: BFloat16[Array, "B N H 64"],
-    d_o: BFloat16[Array, "B N H 64"],
-    k: BFloat16[Array, "B N H 64"],
-    v: BFloat16[Array, "B N H 64"],
-    b: Float32[Array, "one_or_B H M 1 L"],
-    *,
-    num_prefix: int,
-    segments: int,
-    interpret: bool = False,
-    stages: int = 4,
-):
-    """What each segment but the first adds to the gradients of its first state and the prefix."""
-    batch, _, heads, _ = q.shape
-    chunks = b.shape[2] // segments
-    of = lambda *shape: jax.ShapeDtypeStruct((batch, heads, segments - 1, *shape), jnp.float32)
-    out_type = {"d_states": of(mg.DIM, mg.DIM)}
-    if num_prefix:
-        out_type["d_prefix_k"] = out_type["d_prefix_v"] = of(num_prefix, mg.DIM)
-
-    def kernel(inputs, outputs, tiles, prefix_tiles):
-        (d_out_tile,) = tiles
-        at, h, z = (lax.axis_index(name) for name in "bhz")
-        prefix = mg.fetch_prefix(inputs, at, h, num_prefix, prefix_tiles)
-        chunk_of = lambda i: (z + 2) * chunks - 1 - i
-
-        def body(index, q_tile, do_tile, b_tile, b_again_tile, carry):
-            d_state, sums = carry
-            from_start = mg.by_row(jnp.exp2(mg.log2(plgpu.load(b_tile, layout=mg.ROW))))
-            d_out = do_tile[...].astype(jnp.float32)
-            d_out_tile[...] = (d_out * from_start).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            whole = jnp.exp2(mg.log2(b_tile[mg.CHUNK - 1]))
-            term = (d_state * whole, q_tile.transpose((1, 0)), d_out_tile)
-            (d_state,) = mg.multiply(term, interpret=interpret)
-            new_sums = [
-                mg.prefix_gradients(q_tile, do_tile, rows, 0, 0, d_rows)[1]
-                for rows, d_rows in zip(prefix, sums, strict=True)
-            ]
-            return d_state, new_sums
-
-        nothing = plgpu.layout_cast(jnp.zeros((mg.DIM,), jnp.float32), mg.COLUMN)
-        carry = mg.zeros(), [(nothing, nothing)] * num_prefix
-        d_state, sums = mg.pipeline(
-            body, inputs, ("q", "d_o"), (), at, h, chunk_of, chunks, stages, carry
-        )
-        outputs["d_states"][at, h, z] = d_state
-        for p, rows in enumerate(sums):
-            for name, row in zip(("d_prefix_k", "d_prefix_v"), rows, strict=True):
-                outputs[name][at, h, z, p] = row
-
-    inputs = {"q": q, "d_o": d_o, "k": k, "v": v, "b": b[:, :, :, 0]}
-    grid = (batch, heads, segments - 1)
-    out = mg.launch(kernel, inputs, out_type, 1, num_prefix, grid, interpret)
-    return out["d_states"], out.get("d_prefix_k"), out.get("d_prefix_v")
