@@ -100,7 +100,8 @@ def fused_recurrence(
     g = jnp.broadcast_to(g, (g.shape[0], num_tokens, heads))
     g = jnp.pad(g, [(0, 0), (0, num_chunks * backend.chunk - num_tokens), (0, 0)])
     g = jnp.moveaxis(g, 2, 1).reshape(g.shape[0], heads, num_chunks, backend.chunk)
-    call = _Call(backend, num_prefix, segments, return_memory)
+    # Kernels read all prefix rows: those of tokens yet to come do not exist.
+    call = _Call(backend, min(num_prefix, num_tokens), segments, return_memory)
     return _recurrence(call, q, k, v, g, memory)
 
 

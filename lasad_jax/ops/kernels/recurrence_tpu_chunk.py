@@ -177,8 +177,7 @@ def _forward_pack(sizes, refs, rows, causal, pack):
     n, dtype = rows.computed, refs["q"].dtype
     keys, values = pack.lanes(sizes.key_dim), pack.lanes(sizes.value_dim)
     square = pack.index, pl.ds(0, keys.size), pl.ds(0, values.size)
-    all_q = refs["q"][:n, keys]
-    q, k = rows.on_grid(all_q), rows.on_grid(refs["k"][:n, keys])
+    q, k = refs["q"][:n, keys], rows.on_grid(refs["k"][:n, keys])
     v = rows.on_grid(refs["v"][:n, values])
     decays = _decays(refs["b"][pl.ds(pack.first, pack.heads), :, :n], causal)
     state = refs["state"][square]
@@ -192,7 +191,7 @@ def _forward_pack(sizes, refs, rows, causal, pack):
     if sizes.num_prefix:
         prefix_k = _prefix(refs["prefix_k"], pack, sizes.key_dim, sizes.num_prefix)
         prefix_v = _prefix(refs["prefix_v"], pack, sizes.value_dim, sizes.num_prefix)
-        o += dot(_read_prefix(all_q, prefix_k, pack, rows), prefix_v)
+        o += dot(_read_prefix(q, prefix_k, pack, rows), prefix_v)
     refs["o"][:n, values] = o.astype(dtype)
     decayed_v = (v * pack.spread(decays.to_end, sizes.value_dim)).astype(dtype)
     whole = pack.spread(decays.whole, sizes.value_dim)
@@ -224,9 +223,8 @@ def _backward_pack(sizes, refs, rows, causal, pack):
     n, dtype = rows.computed, refs["q"].dtype
     keys, values = pack.lanes(sizes.key_dim), pack.lanes(sizes.value_dim)
     square = pack.index, pl.ds(0, keys.size), pl.ds(0, values.size)
-    all_q, all_d_o = rows.live(refs["q"][:n, keys]), rows.live(refs["d_o"][:n, values])
-    q, k = rows.on_grid(all_q), rows.on_grid(refs["k"][:n, keys])
-    d_o, v = rows.on_grid(all_d_o), rows.on_grid(refs["v"][:n, values])
+    q, d_o = rows.live(refs["q"][:n, keys]), rows.live(refs["d_o"][:n, values])
+    k, v = rows.on_grid(refs["k"][:n, keys]), rows.on_grid(refs["v"][:n, values])
     decays = _decays(refs["b"][pl.ds(pack.first, pack.heads), :, :n], causal)
     since_start, to_end = (
         [pack.spread(x, width) for width in (sizes.key_dim, sizes.value_dim)]
@@ -268,11 +266,11 @@ def _backward_pack(sizes, refs, rows, causal, pack):
     if sizes.num_prefix:
         prefix_k = _prefix(refs["prefix_k"], pack, sizes.key_dim, sizes.num_prefix)
         prefix_v = _prefix(refs["prefix_v"], pack, sizes.value_dim, sizes.num_prefix)
-        reads = _read_prefix(all_q, prefix_k, pack, rows)
-        d_reads = _read_prefix(all_d_o, prefix_v, pack, rows)
+        reads = _read_prefix(q, prefix_k, pack, rows)
+        d_reads = _read_prefix(d_o, prefix_v, pack, rows)
         dq += dot(d_reads, prefix_k)
-        refs["d_prefix_k"][:, keys] += _own_blocks(dot(d_reads, all_q, COLUMNS_BY_COLUMNS), pack)
-        refs["d_prefix_v"][:, values] += _own_blocks(dot(reads, all_d_o, COLUMNS_BY_COLUMNS), pack)
+        refs["d_prefix_k"][:, keys] += _own_blocks(dot(d_reads, q, COLUMNS_BY_COLUMNS), pack)
+        refs["d_prefix_v"][:, values] += _own_blocks(dot(reads, d_o, COLUMNS_BY_COLUMNS), pack)
         # The first chunk comes last. The recurrence has left zeros in its prefix rows.
         if rows.prefix:
             dk = _add_first_rows(dk, refs["d_prefix_k"][:, keys])

@@ -130,7 +130,7 @@ def store_prefix(ref, tile: Float[Array, "p D"], program: "Program") -> None:
     """Writes the prefix rows of a token array, in the segment that they belong to."""
     row = jnp.arange(tile.shape[0])
     here = (row < program.num_prefix) & (row < ref.shape[0]) & program.first_segment
-    window = ref.at[pl.ds(0, tile.shape[0]), :]
+    window = ref.at[pl.ds(program.rows(0).first, tile.shape[0]), :]
     plgpu.store(window, tile.astype(ref.dtype), mask=jnp.broadcast_to(here[:, None], tile.shape))
 
 
