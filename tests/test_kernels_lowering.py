@@ -25,8 +25,8 @@ def silent():
         yield
 
 
-def program(family, gated, dtype, *, num_tokens=256, num_prefix=1, heads=4, widths=(64, 64)):
-    """The operator with all gradients, and the shapes of its arguments."""
+def programs(family, gated, dtype, *, num_tokens=256, num_prefix=1, heads=4, widths=(64, 64)):
+    """The operator, the same with all gradients, and the shapes of their arguments."""
     side = int((num_tokens - 1) ** 0.5) + 1
     shape = jax.ShapeDtypeStruct
     q, v = (shape((2, num_tokens, heads, width), dtype) for width in widths)
@@ -34,14 +34,15 @@ def program(family, gated, dtype, *, num_tokens=256, num_prefix=1, heads=4, widt
     rates = {NoDecay: (), SequenceDecay: (rate,)}.get(family, (rate, rate))
     gate = shape(q.shape[:3], jnp.float32) if gated else None
 
-    def forward_and_backward(q, k, v, decay, gate, d_out):
-        operator = lambda q, k, v, decay, gate: linear_attention(
-            q, k, v, decay, grid=(side, side), num_prefix=num_prefix, log_gate=gate
-        )
-        out, pullback = jax.vjp(operator, q, k, v, decay, gate)
-        return out, pullback(d_out)
+    def forward(q, k, v, decay, gate, d_out):
+        options = {"grid": (side, side), "num_prefix": num_prefix, "log_gate": gate}
+        return linear_attention(q, k, v, decay, **options)
 
-    return forward_and_backward, (q, q, v, family(*rates), gate, v)
+    def both_ways(*args):
+        out, pullback = jax.vjp(lambda *inputs: forward(*inputs, None), *args[:-1])
+        return out, pullback(args[-1])
+
+    return forward, both_ways, (q, q, v, family(*rates), gate, v)
 
 
 def launches(text):
@@ -64,30 +65,40 @@ def test_one_launch_each_way(family, gated, num_prefix, device, dtype):
     hopper = device == "H200" and dtype == jnp.bfloat16 and family is not ManhattanDecay
     if hopper and jax.__version_info__ < (0, 11):
         pytest.skip("Mosaic GPU kernels need jax 0.11")
-    function, shapes = program(family, gated, dtype, num_prefix=num_prefix)
+    _, function, shapes = programs(family, gated, dtype, num_prefix=num_prefix)
     kernel = TPU if device == "v5e" else MOSAIC_GPU if hopper else TRITON
     assert launches(lower(device, function, *shapes)) == {kernel: 2}
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("widths", [(16, 32), (128, 128)])
+@pytest.mark.parametrize(("num_tokens", "widths"), [(5, (16, 32)), (325, (128, 128))])
 @pytest.mark.parametrize(("device", "kernel"), [("A100", TRITON), ("v5e", TPU)])
-def test_other_widths_and_odd_lengths(device, kernel, widths, dtype):
+def test_other_lengths_and_widths(device, kernel, num_tokens, widths, dtype):
     for family in (RasterDecay, ManhattanDecay):
-        function, shapes = program(family, False, dtype, num_tokens=325, heads=3, widths=widths)
+        sizes = {"num_tokens": num_tokens, "heads": 3, "widths": widths}
+        _, function, shapes = programs(family, False, dtype, **sizes)
         assert launches(lower(device, function, *shapes)) == {kernel: 2}
 
 
 def test_segments_are_launches_of_their_own():
     """Few heads of a long sequence: sums of the segments come before either pass."""
-    function, shapes = program(RasterDecay, False, jnp.float32, num_tokens=1025)
+    _, function, shapes = programs(RasterDecay, False, jnp.float32, num_tokens=1025)
     assert launches(lower("A100", function, *shapes)) == {TRITON: 4}
+
+
+def test_no_states_are_kept_without_gradients():
+    forward, both_ways, shapes = programs(RasterDecay, False, jnp.float32)
+    states = "tensor<2x4x4x64x64xf32>"  # B, H, chunks, Dk, Dv
+    assert states in lower("A100", both_ways, *shapes)
+    text = lower("A100", forward, *shapes)
+    assert states not in text
+    assert launches(text) == {TRITON: 1}
 
 
 @pytest.mark.parametrize(("family", "num_tokens"), [(RasterDecay, 1025), (ManhattanDecay, 257)])
 def test_triton_multiplies_float32_as_three_products(family, num_tokens):
     """One product of TF32 would lose three of seven digits."""
-    function, shapes = program(family, False, jnp.float32, num_tokens=num_tokens)
+    _, function, shapes = programs(family, False, jnp.float32, num_tokens=num_tokens)
     with on("H200"):
         text = str(jax.make_jaxpr(function)(*shapes))
     products = text.count("dot_general[")
@@ -112,7 +123,7 @@ def test_compiles_for_tpus(num_tokens, heads, widths, family, dtype, topology, k
     monkeypatch.setattr(choice, "device", lambda: choice.Device("tpu", kind))
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
-    function, shapes = program(
+    _, function, shapes = programs(
         family, False, dtype, num_tokens=num_tokens, heads=heads, widths=widths
     )
     placed = jax.tree.map(

@@ -102,9 +102,7 @@ def check(grid, num_prefix, dtype, *, static=TRITON, **kwargs):
         ((40, 1), 1, jnp.bfloat16),
         ((5, 7), 0, jnp.float32),
         ((5, 7), 2, jnp.bfloat16),
-        ((9, 16), 1, jnp.bfloat16),
     ],
-    ids=str,
 )
 def test_equals_the_quadratic_form(grid, num_prefix, dtype):
     check(grid, num_prefix, dtype)
@@ -119,13 +117,12 @@ def test_keys_and_values_of_different_widths():
     check((6, 8), 1, jnp.bfloat16, widths=(16, 64), batch=2)
 
 
-@pytest.mark.parametrize(("grid", "outer", "inner"), [((6, 24), 64, 32), ((8, 16), 64, 16)])
-def test_outer_tiles_longer_than_inner_ones(grid, outer, inner):
-    check(grid, 1, jnp.float32, static={"tiling": Tiling(outer, inner, 4, 2)})
+def test_outer_tiles_much_longer_than_inner_ones():
+    check((8, 16), 1, jnp.float32, static={"tiling": Tiling(64, 16, num_warps=4, num_stages=2)})
 
 
 def test_default_tilings():
-    check((11, 16), 1, jnp.float32, static={"tiling": None})
+    check((7, 24), 1, jnp.float32, static={"tiling": None})
 
 
 @pytest.mark.parametrize(
@@ -134,7 +131,7 @@ def test_default_tilings():
         ((7, 5), 1, jnp.bfloat16, {"widths": (16, 32), "heads": 2}),  # a last tile of four tokens
         ((28, 1), 2, jnp.float32, {"widths": (64, 64), "heads": 3}),  # packs of two heads and one
         ((1, 33), 1, jnp.bfloat16, {"widths": (128, 128)}),  # five programs
-        ((5, 9), 3, jnp.float32, {"num_tokens": 45, "heads": 2, "batch": 2}),  # a part row
+        ((5, 9), 3, jnp.float32, {"num_tokens": 45, "heads": 2}),  # a part row
         ((3, 3), 0, jnp.float32, {"heads": 2}),  # a single tile
     ],
 )

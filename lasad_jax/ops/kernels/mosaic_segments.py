@@ -47,7 +47,8 @@ def segment_states(
     shape = (batch, heads, segments - 1, mg.DIM, mg.DIM)
     out_type = {"states": jax.ShapeDtypeStruct(shape, jnp.float32)}
     grid = (batch, heads, segments - 1)
-    return mg.launch(kernel, inputs, out_type, 1, 0, grid, interpret)["states"]
+    out = mg.launch(kernel, inputs, out_type, 1, 0, grid, interpret, name="segment_states")
+    return out["states"]
 
 
 def segment_gradients(
@@ -102,5 +103,6 @@ def segment_gradients(
 
     inputs = {"q": q, "d_o": d_o, "k": k, "v": v, "b": b[:, :, :, 0]}
     grid = (batch, heads, segments - 1)
-    out = mg.launch(kernel, inputs, out_type, 1, num_prefix, grid, interpret)
+    name = "segment_gradients"
+    out = mg.launch(kernel, inputs, out_type, 1, num_prefix, grid, interpret, name=name)
     return out["d_states"], out.get("d_prefix_k"), out.get("d_prefix_v")

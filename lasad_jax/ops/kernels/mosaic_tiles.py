@@ -126,26 +126,27 @@ def pipeline(body, inputs, tokens, squares, b, h, chunk_of, chunks, stages, carr
     )(*(inputs[name] for name in (*tokens, *squares, "b", "b")))
 
 
-def launch(kernel, inputs, out_type, num_tiles, num_prefix, grid, interpret):
-    """One program of one warpgroup for each (batch, head, segment)."""
+def launch(kernel, inputs, out_type, num_tiles, num_prefix, grid, interpret, *, name):
+    """One program of one warpgroup for each (batch, head, segment); profilers show `name`."""
     prefix_tiles = ()
     if num_prefix:
         rows = plgpu.SMEM((2, num_prefix, DIM), jnp.bfloat16)
         prefix_tiles = (rows, plgpu.Barrier(num_arrivals=2 * num_prefix))
     tiles = plgpu.SMEM((num_tiles, *_SQUARE), jnp.bfloat16, transforms=_TRANSFORMS)
     scratch = (tiles, prefix_tiles)
-    names, out_names = list(inputs), list(out_type)
+    in_names, out_names = list(inputs), list(out_type)
 
-    def by_name(*refs):
-        ins, outs = refs[: len(names)], refs[len(names) : len(names) + len(out_names)]
+    def body(*refs):
+        ins, outs = refs[: len(in_names)], refs[len(in_names) : len(in_names) + len(out_names)]
         kernel(
-            dict(zip(names, ins, strict=True)),
+            dict(zip(in_names, ins, strict=True)),
             dict(zip(out_names, outs, strict=True)),
-            *refs[len(names) + len(out_names) :],
+            *refs[len(in_names) + len(out_names) :],
         )
 
+    body.__name__ = name
     out = plgpu.kernel(
-        by_name,
+        body,
         out_type=list(out_type.values()),
         scratch_types=scratch,
         grid=grid,

@@ -69,6 +69,7 @@ class _Call:
     backend: Backend
     num_prefix: int
     segments: int
+    has_memory: bool
     return_memory: bool
 
 
@@ -101,7 +102,7 @@ def fused_recurrence(
     g = jnp.pad(g, [(0, 0), (0, num_chunks * backend.chunk - num_tokens), (0, 0)])
     g = jnp.moveaxis(g, 2, 1).reshape(g.shape[0], heads, num_chunks, backend.chunk)
     # Kernels read all prefix rows: those of tokens yet to come do not exist.
-    call = _Call(backend, min(num_prefix, num_tokens), segments, return_memory)
+    call = _Call(backend, min(num_prefix, num_tokens), segments, memory is not None, return_memory)
     return _recurrence(call, q, k, v, g, memory)
 
 
@@ -113,7 +114,7 @@ def _recurrence(call, q, k, v, g, memory):
 
 def _forward_rule(call, q, k, v, g, memory):
     out, end, states = _forward(call, q, k, v, g, memory, keep_states=True)
-    return (out, end), (q, k, v, g, states, memory is not None)
+    return (out, end), (q, k, v, g, states)
 
 
 def _forward(call, q, k, v, g, memory, keep_states):
@@ -129,7 +130,7 @@ def _forward(call, q, k, v, g, memory, keep_states):
 
 
 def _backward_rule(call, residuals, cotangents):
-    q, k, v, g, states, has_memory = residuals
+    q, k, v, g, states = residuals
     d_out, d_end = cotangents
     b = _running_sums(g, q.dtype)
     run = functools.partial(_over_batch, num_prefix=call.num_prefix, segments=call.segments)
@@ -140,13 +141,14 @@ def _backward_rule(call, residuals, cotangents):
         d_ends = _join(added[:, :, ::-1], d_end, across[:, :, ::-1])[:, :, ::-1]
         if call.num_prefix:
             d_prefix = tuple(jnp.sum(part, axis=2) for part in parts)
-    backward = run(call.backend.backward, return_d_starts=has_memory)
+    backward = run(call.backend.backward, return_d_starts=call.has_memory)
     dq, dk, dv, dg, d_starts = backward(q, k, v, b, states, d_out, d_ends, d_prefix)
     dg = jnp.sum(dg, axis=0, keepdims=True) if g.shape[0] == 1 else dg
     return dq, dk, dv, dg, None if d_starts is None else d_starts[:, :, 0]
 
 
-_recurrence.defvjp(_forward_rule, _backward_rule)
+# Under remat the first pass then stores no states.
+_recurrence.defvjp(_forward_rule, _backward_rule, optimize_remat=True)
 
 
 def _running_sums(g: Float32[Array, "Bg H M L"], dtype: jnp.dtype) -> Array:

@@ -2,8 +2,8 @@
 
 One warpgroup walks the chunks of one (batch, head, segment). Tiles arrive by TMA, the next
 while one is computed on; products run on wgmma with the state in registers; nothing of size
-(N, N) and no state per token exists. Two or three such programs share a multiprocessor, so
-that one computes while another waits. Contract of the arguments: `recurrence.Backend`.
+(N, N) and no state per token exists. Two such programs share a multiprocessor, so that one
+computes while the other waits. Contract of the arguments: `recurrence.Backend`.
 """
 
 import functools
@@ -104,7 +104,9 @@ def forward(
     if starts is not None:
         inputs["starts"] = starts
     grid = (batch, heads, segments)
-    out = mg.launch(kernel, inputs, out_type, 3, num_prefix, grid, interpret)
+    out = mg.launch(
+        kernel, inputs, out_type, 3, num_prefix, grid, interpret, name="recurrence_forward"
+    )
     return out["o"], out.get("states"), out.get("ends")
 
 
@@ -276,7 +278,9 @@ def backward(
     if d_prefix is not None:
         inputs["d_prefix_k"], inputs["d_prefix_v"] = d_prefix
     grid = (batch, heads, segments)
-    out = mg.launch(kernel, inputs, out_type, 3, num_prefix, grid, interpret)
+    out = mg.launch(
+        kernel, inputs, out_type, 3, num_prefix, grid, interpret, name="recurrence_backward"
+    )
     dg = _cross(out["crossings"], shared=b.shape[0] == 1)
     return *(out[name] for name in ("dq", "dk", "dv")), dg, out.get("d_starts")
 

@@ -39,7 +39,7 @@ def forward(
       b: float32, inclusive cumulative log-decay within each chunk, as K parts to be summed
         (differences are taken part by part). Rows < P and rows >= N have g = 0. L is a
         multiple of 16, M = ceil(N / L).
-      starts: float32 state before the first grid token; None for zeros.
+      starts: float32 state before the first token; None for zeros.
       num_prefix: P, the number of tokens that never decay, at most L.
       segments: 1; a core has no use for more.
       keep_states: also return what `backward` needs.

@@ -130,6 +130,7 @@ def store_prefix(ref, tile: Float[Array, "p D"], program: "Program") -> None:
     """Writes the prefix rows of a token array, in the segment that they belong to."""
     row = jnp.arange(tile.shape[0])
     here = (row < program.num_prefix) & (row < ref.shape[0]) & program.first_segment
+    # Not from a plain 0: JAX refuses constant windows that are longer than few tokens.
     window = ref.at[pl.ds(program.rows(0).first, tile.shape[0]), :]
     plgpu.store(window, tile.astype(ref.dtype), mask=jnp.broadcast_to(here[:, None], tile.shape))
 
@@ -220,6 +221,7 @@ def launch(
         ),
         compiler_params=_compiler_params(key_dim, value_dim, dtype),
         interpret=interpret,
+        name=f"recurrence{kernel.__name__}".removesuffix("_kernel"),
     )(tokens, others)
 
 
