@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
+from lasad_jax.ops.kernels import triton_program
 from lasad_jax.ops.kernels.manhattan_tiles import Cut, Tiling, causal
 
 # (forward, backward) by bytes of a number and whether heads are wider than 64. Longer tiles
@@ -285,19 +286,8 @@ def _read(tokens, ref, p):
 
 
 def _product(q, interpret):
-    """x y or x y^T in float32, exact for float32 too (three products in TF32)."""
-    precision = None
-    if q.dtype == jnp.float32:
-        x3 = lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-        precision = lax.Precision.HIGHEST if interpret else x3
-
-    def product(x, y, transposed=False):
-        axes = ((1,), (1 if transposed else 0,))
-        return lax.dot_general(
-            x, y, (axes, ((), ())), precision=precision, preferred_element_type=jnp.float32
-        )
-
-    return product
+    dot = triton_program.product(q.dtype, interpret)
+    return lambda x, y, transposed=False: dot(x, y, 1, 1 if transposed else 0)
 
 
 def _tilings(q, v):

@@ -191,7 +191,7 @@ def launch(
             )
     skipped, programs = int(leave_out == "first"), segments - (leave_out is not None)
     stop = num_tokens if num_chunks * length != num_tokens else None
-    dot = _product(dtype, interpret)
+    dot = product(dtype, interpret)
 
     def body(*refs):
         z = pl.program_id(2)
@@ -234,7 +234,8 @@ def _compiler_params(key_dim: int, value_dim: int, dtype: jnp.dtype) -> plgpu.Co
     )
 
 
-def _product(dtype: jnp.dtype, interpret: bool) -> Callable[[Array, Array, int, int], Array]:
+def product(dtype: jnp.dtype, interpret: bool) -> Callable[[Array, Array, int, int], Array]:
+    """(x, y, axis of x, axis of y) to their product in float32, exact for float32 too."""
     precision = None
     if dtype == jnp.float32:
         # Exact to about 1e-6 on tensor cores; the CPU's interpreter knows no such algorithm.
