@@ -119,6 +119,8 @@ def test_compiles_for_tpus(num_tokens, heads, widths, family, dtype, topology, k
     pytest.importorskip("libtpu", reason="libtpu, TPU's compiler, is not installed")
     from jax.experimental import topologies
 
+    # Tests in other processes load it too; there is no chip to share.
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", os.environ.get("TPU_SKIP_MDS_QUERY", "1"))
     monkeypatch.setattr(choice, "device", lambda: choice.Device("tpu", kind))
     device = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
