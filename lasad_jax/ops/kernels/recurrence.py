@@ -51,6 +51,8 @@ class Backend:
       segment_gradients: (q, d_o, k, v, b, num_prefix=, segments=) to the same of each segment
         but the first for the gradient of its first state, and to its part of the prefix's
         gradients, (B, H, Z - 1, P, D) each or None.
+      has_effects: whether calls have side effects, as those of JAX's interpreter for Mosaic
+        GPU, which rule out the optimization for remat.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Backend:
     backward: Callable
     segment_states: Callable | None = None
     segment_gradients: Callable | None = None
+    has_effects: bool = False
     segments: Callable[[int, int], int] = lambda programs, chunks: 1
 
 
@@ -103,11 +106,11 @@ def fused_recurrence(
     g = jnp.moveaxis(g, 2, 1).reshape(g.shape[0], heads, num_chunks, backend.chunk)
     # Kernels read all prefix rows: those of tokens yet to come do not exist.
     call = _Call(backend, min(num_prefix, num_tokens), segments, memory is not None, return_memory)
-    return _recurrence(call, q, k, v, g, memory)
+    recurrence = _recurrence_with_effects if backend.has_effects else _recurrence
+    return recurrence(call, q, k, v, g, memory)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recurrence(call, q, k, v, g, memory):
+def _primal(call, q, k, v, g, memory):
     out, memory, _ = _forward(call, q, k, v, g, memory, keep_states=False)
     return out, memory
 
@@ -147,8 +150,15 @@ def _backward_rule(call, residuals, cotangents):
     return dq, dk, dv, dg, None if d_starts is None else d_starts[:, :, 0]
 
 
+def _differentiable(optimize_remat):
+    function = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+    function.defvjp(_forward_rule, _backward_rule, optimize_remat=optimize_remat)
+    return function
+
+
 # Under remat the first pass then stores no states.
-_recurrence.defvjp(_forward_rule, _backward_rule, optimize_remat=True)
+_recurrence = _differentiable(optimize_remat=True)
+_recurrence_with_effects = _differentiable(optimize_remat=False)
 
 
 def _running_sums(g: Float32[Array, "Bg H M L"], dtype: jnp.dtype) -> Array:
