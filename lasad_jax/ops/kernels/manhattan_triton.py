@@ -161,18 +161,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, row_rate_ref, column_rate_ref, o_ref, *
         scores = product(q, k, transposed=True) * weights
         return out + product(scores.astype(v.dtype), v)
 
-    def far(first, last, each, out):
-        table = weight(*cut.far_distances(start, first, keys="inner"))
-        step = lambda keys, out: add(keys, table * weight(cut.gap(keys, cut.inner, start)), out)
-        return each(step, out)
-
-    def own(keys, out):
-        mask = causal(start, cut.outer, keys, cut.inner, keys_first=False)
-        return add(keys, weight(*cut.own_distances(start, keys), mask=mask), out)
-
-    out = cut.far(0, start, far, out)
-    out = cut.own(start, own, out)
-    cut.store(o_ref, start, out)
+    cut.store(o_ref, start, _over_keys(start, weight, cut, add, out))
 
 
 def _backward_kernel(
@@ -255,16 +244,22 @@ def _from_keys(q_ref, k_ref, v_ref, d_o_ref, start, weight, cut, product, d_pref
         d_scores = product(d_o, v, transposed=True) * weights
         return dq + product(d_scores.astype(k.dtype), k)
 
-    def far(first, last, each, dq):
+    return _over_keys(start, weight, cut, add, dq)
+
+
+def _over_keys(start, weight, cut, add, total):
+    """`add(keys, weights, total)` for the tiles of keys that a tile of queries reads."""
+
+    def far(first, last, each, total):
         table = weight(*cut.far_distances(start, first, keys="inner"))
-        step = lambda keys, dq: add(keys, table * weight(cut.gap(keys, cut.inner, start)), dq)
-        return each(step, dq)
+        step = lambda keys, total: add(keys, table * weight(cut.gap(keys, cut.inner, start)), total)
+        return each(step, total)
 
-    def own(keys, dq):
+    def own(keys, total):
         mask = causal(start, cut.outer, keys, cut.inner, keys_first=False)
-        return add(keys, weight(*cut.own_distances(start, keys), mask=mask), dq)
+        return add(keys, weight(*cut.own_distances(start, keys), mask=mask), total)
 
-    return cut.own(start, own, cut.far(0, start, far, dq))
+    return cut.own(start, own, cut.far(0, start, far, total))
 
 
 def _weight(row_rate_ref, column_rate_ref):

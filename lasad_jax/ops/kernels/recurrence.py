@@ -36,7 +36,6 @@ class Backend:
     which have q's dtype.
 
     Attributes:
-      name: what `implementation` calls it.
       chunk: L.
       segments: (B * H, M) to Z.
       forward: (q, k, v, b, starts, num_prefix=, segments=, keep_states=, return_ends=) to
@@ -55,7 +54,6 @@ class Backend:
         GPU, which rule out the optimization for remat.
     """
 
-    name: str
     chunk: int
     forward: Callable
     backward: Callable

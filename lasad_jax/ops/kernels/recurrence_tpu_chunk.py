@@ -1,4 +1,4 @@
-"""The bodies of the TPU recurrence: what one program does with one chunk (see `mosaic_tpu`)."""
+"""The bodies of the TPU recurrence: one program with one chunk (see `recurrence_tpu`)."""
 
 import functools
 import typing

@@ -172,7 +172,7 @@ def launch(
       tokens: arrays (B, N, H, D), the first of key dim, the last of value dim.
       others: b and further arrays (B, H, Z or M, ...).
       out_tokens, out_others: arrays or structs with the outputs' shapes and dtypes.
-      num_prefix, segments, interpret: as in `triton.forward`.
+      num_prefix, segments, interpret: as in `recurrence_triton.forward`.
       leave_out: "first" or "last" segment, to which then no output belongs either.
 
     Returns:
