@@ -11,6 +11,8 @@ from jaxtyping import Array, BFloat16, Float32
 
 from lasad_jax.ops.kernels import mosaic_tiles as mg
 
+_STAGES = 4
+
 
 def segment_states(
     k: BFloat16[Array, "B N H 64"],
@@ -20,34 +22,39 @@ def segment_states(
     num_prefix: int,
     segments: int,
     interpret: bool = False,
-    stages: int = 4,
 ):
     """What each segment but the last adds to the state, as of the segment's end."""
     batch, _, heads, _ = k.shape
     chunks = b.shape[2] // segments
 
-    def kernel(inputs, outputs, tiles, prefix_tiles):
-        value_tile = tiles.at[0]
+    def kernel(inputs, outputs, scratch):
+        value_tile = scratch["tile"]
         at, h, z = (lax.axis_index(name) for name in "bhz")
-        chunk_of = lambda i: z * chunks + i
 
-        def body(index, k_tile, v_tile, b_tile, b_again_tile, state):
-            whole = mg.log2(b_tile[mg.CHUNK - 1])
-            to_end = mg.by_row(jnp.exp2(whole - mg.log2(plgpu.load(b_tile, layout=mg.ROW))))
-            to_end = mg.off_prefix(to_end, 0, chunk_of(index[0]), num_prefix, 0.0)
+        def step(c, tiles, decays, fetch, state):
+            k_tile, v_tile = tiles
+            keys = mg.without_prefix(decays.row, mg.ROW, c, num_prefix)
+            to_end = mg.by_row(jnp.exp2(decays.whole - keys))
+            plgpu.commit_smem()
             value_tile[...] = (v_tile[...].astype(jnp.float32) * to_end).astype(jnp.bfloat16)
             plgpu.commit_smem()
-            (added,), _ = mg.multiply((k_tile.transpose((1, 0)), value_tile), interpret=interpret)
-            return state * jnp.exp2(whole) + added
+            fetch()
+            decayed = state * jnp.exp2(decays.whole)
+            add = [decayed, (mg.transposed(k_tile), value_tile)]
+            (state,), _ = mg.multiply(add, interpret=interpret)
+            return state
 
-        state = mg.pipeline(body, inputs, "kv", (), at, h, chunk_of, chunks, stages, mg.zeros())
+        chunk_of = lambda i: z * chunks + i
+        walk = scratch["walk"]
+        state = mg.walk(step, inputs, "kv", at, h, chunk_of, chunks, walk, mg.zeros())
         outputs["states"][at, h, z] = state
 
     inputs = {"k": k, "v": v, "b": b[:, :, :, 0]}
     shape = (batch, heads, segments - 1, mg.DIM, mg.DIM)
     out_type = {"states": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    scratch = {"walk": mg.walk_buffers(2, _STAGES), "tile": mg.tiles()}
     grid = (batch, heads, segments - 1)
-    out = mg.launch(kernel, inputs, out_type, 1, 0, grid, interpret, name="segment_states")
+    out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="segment_states")
     return out["states"]
 
 
@@ -61,48 +68,42 @@ def segment_gradients(
     num_prefix: int,
     segments: int,
     interpret: bool = False,
-    stages: int = 4,
 ):
-    """What each segment but the first adds to the gradients of its first state and the prefix."""
+    """What each segment but the first adds to the gradient of its first state.
+
+    With a prefix also its sum of q^T d_o, from which the prefix's gradients follow.
+    """
+    del k, v
     batch, _, heads, _ = q.shape
     chunks = b.shape[2] // segments
-    of = lambda *shape: jax.ShapeDtypeStruct((batch, heads, segments - 1, *shape), jnp.float32)
-    out_type = {"d_states": of(mg.DIM, mg.DIM)}
-    if num_prefix:
-        out_type["d_prefix_k"] = out_type["d_prefix_v"] = of(num_prefix, mg.DIM)
+    shape = (batch, heads, segments - 1, mg.DIM, mg.DIM)
+    names = ("d_states", "d_prefix") if num_prefix else ("d_states",)
+    out_type = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name in names}
 
-    def kernel(inputs, outputs, tiles, prefix_tiles):
-        d_out_tile = tiles.at[0]
+    def kernel(inputs, outputs, scratch):
+        d_out_tile = scratch["tile"]
         at, h, z = (lax.axis_index(name) for name in "bhz")
-        prefix = mg.fetch_prefix(inputs, at, h, num_prefix, prefix_tiles)
-        chunk_of = lambda i: (z + 2) * chunks - 1 - i
 
-        def body(index, q_tile, do_tile, b_tile, b_again_tile, carry):
-            d_state, sums = carry
-            from_start = mg.by_row(jnp.exp2(mg.log2(plgpu.load(b_tile, layout=mg.ROW))))
-            d_out = do_tile[...].astype(jnp.float32)
-            d_out_tile[...] = (d_out * from_start).astype(jnp.bfloat16)
+        def step(c, tiles, decays, fetch, sums):
+            q_tile, do_tile = tiles
+            from_start = mg.by_row(jnp.exp2(decays.row))
             plgpu.commit_smem()
-            whole = jnp.exp2(mg.log2(b_tile[mg.CHUNK - 1]))
-            (added,), _ = mg.multiply((q_tile.transpose((1, 0)), d_out_tile), interpret=interpret)
-            sums = [
-                mg.prefix_gradients(q_tile, do_tile, rows, 0, 0, d_rows)[1]
-                for rows, d_rows in zip(prefix, sums, strict=True)
-            ]
-            return d_state * whole + added, sums
+            d_out_tile[...] = (do_tile[...].astype(jnp.float32) * from_start).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            fetch()
+            decayed = (sums[0] * jnp.exp2(decays.whole), *sums[1:])
+            factors = (d_out_tile, do_tile)
+            add = [[x, (mg.transposed(q_tile), y)] for x, y in zip(decayed, factors)]
+            return mg.multiply(*add, interpret=interpret)[0]
 
-        nothing = plgpu.layout_cast(jnp.zeros((mg.DIM,), jnp.float32), mg.COLUMN)
-        carry = mg.zeros(), [(nothing, nothing)] * num_prefix
-        d_state, sums = mg.pipeline(
-            body, inputs, ("q", "d_o"), (), at, h, chunk_of, chunks, stages, carry
-        )
-        outputs["d_states"][at, h, z] = d_state
-        for p, rows in enumerate(sums):
-            for name, row in zip(("d_prefix_k", "d_prefix_v"), rows, strict=True):
-                outputs[name][at, h, z, p] = row
+        chunk_of = lambda i: (z + 2) * chunks - 1 - i
+        walk, start = scratch["walk"], [mg.zeros() for _ in names]
+        sums = mg.walk(step, inputs, ("q", "d_o"), at, h, chunk_of, chunks, walk, start)
+        for name, x in zip(names, sums, strict=True):
+            outputs[name][at, h, z] = x
 
-    inputs = {"q": q, "d_o": d_o, "k": k, "v": v, "b": b[:, :, :, 0]}
+    inputs = {"q": q, "d_o": d_o, "b": b[:, :, :, 0]}
+    scratch = {"walk": mg.walk_buffers(2, _STAGES), "tile": mg.tiles()}
     grid = (batch, heads, segments - 1)
-    name = "segment_gradients"
-    out = mg.launch(kernel, inputs, out_type, 1, num_prefix, grid, interpret, name=name)
-    return out["d_states"], out.get("d_prefix_k"), out.get("d_prefix_v")
+    out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="segment_gradients")
+    return tuple(out.values())

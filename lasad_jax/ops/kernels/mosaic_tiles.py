@@ -1,10 +1,16 @@
-"""What the Mosaic GPU kernels are built of: 64 x 64 tiles, their products, pipeline and launch.
+"""What the Mosaic GPU kernels are built of: 64 x 64 tiles, their products, walk and launch.
 
 A tile in registers is spread over one warpgroup as wgmma leaves it. Vectors live spread by
 row or by column of such a tile; shared memory holds tiles swizzled, as wgmma and TMA take
 them.
+
+The compiler adds no barriers of its own (`launch`). Within a warpgroup, then: a warp reads
+and writes its own 16 rows of a tile as it likes; before wgmma or TMA read what was written,
+`plgpu.commit_smem`; a tile that wgmma reads may be overwritten once a later `multiply` or
+`commit_smem` is through, since neither returns before every warp has begun it.
 """
 
+import dataclasses
 import math
 
 import jax
@@ -23,6 +29,9 @@ _TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 _SQUARE = (64, 64)
 
 
+# Values in registers
+
+
 def by_row(x):
     """(64,) by row to a whole tile."""
     return lax.broadcast_in_dim(x, _SQUARE, [0])
@@ -33,125 +42,186 @@ def by_column(x):
     return lax.broadcast_in_dim(x, _SQUARE, [1])
 
 
-def log2(x):
-    """Natural logarithms as logarithms to base 2: exp2 is what the hardware has."""
-    return x * math.log2(math.e)
-
-
 def zeros():
     return plgpu.layout_cast(jnp.zeros(_SQUARE, jnp.float32), TILE)
 
 
-def multiply(*pairs, work=lambda: None, interpret):
-    """All products a @ b at once, and the result of `work()`, which is done while they run.
+def without_prefix(since, layout, chunk, num_prefix):
+    """Puts +inf for prefix tokens, all of them in chunk 0: as keys, they then weigh nothing."""
+    if not num_prefix:
+        return since
+    token = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=layout)
+    return jnp.where(token < jnp.where(chunk == 0, num_prefix, 0), jnp.inf, since)
 
-    b lies in shared memory, a there or in registers.
-    """
-    if interpret:  # JAX's interpreter knows no operands in registers
-        value = lambda x: x if isinstance(x, jax.Array) else x[...]
-        product = lambda a, b: jnp.dot(value(a), value(b), preferred_element_type=jnp.float32)
-        return [product(a, b) for a, b in pairs], work()
 
-    def run(*accumulators):
-        for accumulator, (a, b) in zip(accumulators, pairs, strict=True):
-            plgpu.wgmma(accumulator, a, b)
-        done = work()
-        return [accumulator[...] for accumulator in accumulators], done
+def masked(scores, weights, mask_tile):
+    """scores * weights in bf16 where the mask has ones, else 0, whatever the product is."""
+    bits = lax.bitcast_convert_type((scores * weights).astype(jnp.bfloat16), jnp.int16)
+    return lax.bitcast_convert_type(bits & mask_tile[...], jnp.bfloat16)
 
-    return pl.run_scoped(run, *[plgpu.ACC(_SQUARE, jnp.float32)] * len(pairs))
+
+def fill_mask(mask_tile, queries):
+    """Ones where the query, by row or by column (`queries` 0 or 1), is no earlier than the key."""
+    visible = iota(queries) >= iota(1 - queries)
+    mask_tile[...] = jnp.where(visible, -1, 0).astype(jnp.int16)
 
 
 def iota(dimension):
     return plgpu.broadcasted_iota(jnp.int32, _SQUARE, dimension, layout=TILE)
 
 
-def off_prefix(tile, dimension, chunk, num_prefix, value):
-    """Puts `value` in the rows or columns of prefix tokens, all of them in chunk 0."""
-    if not num_prefix:
-        return tile
-    return jnp.where(iota(dimension) < jnp.where(chunk == 0, num_prefix, 0), value, tile)
+def multiply(*sums, work=lambda: None, interpret):
+    """Sums of products, all at once, and the result of `work()`, which is done while they run.
 
-
-def fetch_prefix(inputs, b, h, num_prefix, tiles):
-    """Keys and values of the prefix tokens as float32, by column."""
-    if not num_prefix:
-        return []
-    memory, barrier = tiles
-    for i, name in enumerate("kv"):
-        for p in range(num_prefix):
-            plgpu.copy_gmem_to_smem(inputs[name].at[b, p, h], memory.at[i, p], barrier)
-    plgpu.barrier_wait(barrier)
-    row = lambda i, p: plgpu.load(memory.at[i, p], layout=COLUMN).astype(jnp.float32)
-    return [(row(0, p), row(1, p)) for p in range(num_prefix)]
-
-
-def read_prefix(tile, prefix_row, p, chunk):
-    """Products of the tokens of a tile with prefix row p; tokens before p do not see it."""
-    tokens = tile[...].astype(jnp.float32)
-    if p:
-        tokens = jnp.where(iota(0) >= jnp.where(chunk == 0, p, 0), tokens, 0.0)
-    return jnp.sum(tokens * by_column(prefix_row), axis=1)
-
-
-def prefix_gradients(q_tile, do_tile, prefix_rows, p, chunk, sums):
-    """A prefix row's part of dq, and its own gradients with this chunk's added to `sums`."""
-    (row_k, row_v), (d_row_k, d_row_v) = prefix_rows, sums
-    score, d_score = read_prefix(q_tile, row_k, p, chunk), read_prefix(do_tile, row_v, p, chunk)
-    d_row_k += jnp.sum(by_row(d_score) * q_tile[...].astype(jnp.float32), axis=0)
-    d_row_v += jnp.sum(by_row(score) * do_tile[...].astype(jnp.float32), axis=0)
-    return by_row(d_score) * by_column(row_k), (d_row_k, d_row_v)
-
-
-def pipeline(body, inputs, tokens, squares, b, h, chunk_of, chunks, stages, carry):
-    """Runs `body` on one chunk after another while later ones are fetched.
-
-    Arguments `tokens` name (B, N, H, D) inputs, rows past N read as zero; `squares` name
-    (B, H, M, D, D) inputs. Two copies of the chunk's decays follow, since one copy cannot
-    be laid out both by row and by column.
+    Each of `sums` lists pairs (a, b) whose products a @ b are added, after a tile to start from
+    if there is one. b lies in shared memory, a there or in registers.
     """
-    token = plgpu.BlockSpec(
-        (None, CHUNK, None, DIM), lambda i: (b, chunk_of(i), h, 0), transforms=_TRANSFORMS
-    )
-    square = plgpu.BlockSpec(
-        (None, None, None, DIM, DIM), lambda i: (b, h, chunk_of(i), 0, 0), transforms=_TRANSFORMS
-    )
-    own = b if inputs["b"].shape[0] > 1 else 0
-    decays = plgpu.BlockSpec((None, None, None, CHUNK), lambda i: (own, h, chunk_of(i), 0))
-    return plgpu.emit_pipeline(
-        body,
-        grid=(chunks,),
-        in_specs=[token] * len(tokens) + [square] * len(squares) + [decays] * 2,
-        max_concurrent_steps=stages,
-        init_carry=carry,
-    )(*(inputs[name] for name in (*tokens, *squares, "b", "b")))
+    if interpret:  # JAX's interpreter knows no operands in registers
+        value = lambda x: x if isinstance(x, jax.Array) else x[...]
+        product = lambda a, b: jnp.dot(value(a), value(b), preferred_element_type=jnp.float32)
+        add = lambda terms: sum(product(*x) if isinstance(x, tuple) else x for x in terms)
+        return [add(terms) for terms in sums], work()
+
+    def run(*accumulators):
+        for accumulator, terms in zip(accumulators, sums, strict=True):
+            for term in terms:
+                if isinstance(term, tuple):
+                    plgpu.wgmma(accumulator, *term)
+                else:
+                    accumulator[...] = term
+        done = work()
+        return [accumulator[...] for accumulator in accumulators], done
+
+    return pl.run_scoped(run, *[plgpu.ACC(_SQUARE, jnp.float32)] * len(sums))
 
 
-def launch(kernel, inputs, out_type, num_tiles, num_prefix, grid, interpret, *, name):
-    """One program of one warpgroup for each (batch, head, segment); profilers show `name`."""
-    prefix_tiles = ()
-    if num_prefix:
-        rows = plgpu.SMEM((2, num_prefix, DIM), jnp.bfloat16)
-        prefix_tiles = (rows, plgpu.Barrier(num_arrivals=2 * num_prefix))
-    tiles = plgpu.SMEM((num_tiles, *_SQUARE), jnp.bfloat16, transforms=_TRANSFORMS)
-    scratch = (tiles, prefix_tiles)
-    in_names, out_names = list(inputs), list(out_type)
+def transposed(tile):
+    return tile.transpose((1, 0))
+
+
+# The walk over chunks
+
+
+@dataclasses.dataclass(frozen=True)
+class Decays:
+    """Logarithms to base 2 (exp2 is what the hardware has) of a chunk's decays.
+
+    Attributes:
+      row, column: since the chunk's start, by row and by column.
+      whole: of the whole chunk, a number.
+    """
+
+    row: jax.Array
+    column: jax.Array
+    whole: jax.Array
+
+    @classmethod
+    def load(cls, b):
+        """From running sums of natural logarithms in shared memory."""
+        log2 = lambda x: x * math.log2(math.e)
+        # Not "optimized": that would ask for a second copy of b, laid out for columns.
+        column = plgpu.load(b, layout=COLUMN, optimized=False)
+        return cls(log2(plgpu.load(b, layout=ROW)), log2(column), log2(b[CHUNK - 1]))
+
+
+def walk(
+    step, inputs, names, batch, head, chunk_of, chunks, buffers, carry, prepare=lambda: None
+):
+    """Carries a value through the chunks of one program while later ones are fetched.
+
+    Args:
+      step: (chunk, tiles, decays, fetch, carry) to carry. `fetch()`, to be called once after
+        a barrier, begins to load a later chunk over the tiles of the step before.
+      inputs: of the kernel, with "b".
+      names: of (B, N, H, D) inputs, in the order of `tiles`; rows past N read as zero.
+      batch, head: of the program.
+      chunk_of: step number to chunk.
+      chunks: number of steps.
+      buffers: see `walk_buffers`.
+      carry: the first.
+      prepare: called while the first chunks are on their way.
+    """
+    slots, b_slots, ready = buffers
+    stages = slots.shape[0]
+    own = batch if inputs["b"].shape[0] > 1 else 0
+
+    def fetch(i):
+        slot, chunk = lax.rem(i, stages), chunk_of(i)
+        rows = pl.ds(chunk * CHUNK, CHUNK)
+        for j, name in enumerate(names):
+            source = inputs[name].at[batch, rows, head]
+            plgpu.copy_gmem_to_smem(source, slots.at[slot, j], ready.at[slot])
+        source = inputs["b"].at[own, head, chunk]
+        plgpu.copy_gmem_to_smem(source, b_slots.at[slot], ready.at[slot])
+
+    for i in range(min(stages, chunks)):
+        fetch(jnp.int32(i))
+    prepare()
+
+    def one(i, carry):
+        slot = lax.rem(i, stages)
+        plgpu.barrier_wait(ready.at[slot])
+        later = i + stages - 1
+        fetch_later = lambda: pl.when((i > 0) & (later < chunks))(lambda: fetch(later))
+        tiles = [slots.at[slot, j] for j in range(len(names))]
+        return step(chunk_of(i), tiles, Decays.load(b_slots.at[slot]), fetch_later, carry)
+
+    return lax.fori_loop(0, chunks, one, carry)
+
+
+def walk_buffers(num_tensors, stages):
+    """Scratch memory of a `walk` over so many (B, N, H, D) inputs, `stages` chunks at a time."""
+    return (
+        tiles(stages, num_tensors),
+        plgpu.SMEM((stages, CHUNK), jnp.float32),
+        plgpu.Barrier(num_arrivals=num_tensors + 1, num_barriers=stages),
+    )
+
+
+def tiles(*lead, dtype=jnp.bfloat16):
+    """Scratch memory for tiles."""
+    return plgpu.SMEM((*lead, *_SQUARE), dtype, transforms=_TRANSFORMS)
+
+
+# The prefix token
+
+
+def load_prefix(inputs, batch, head):
+    """Its key by row and its value by column, each as a whole tile."""
+    load = lambda name, layout: plgpu.load(
+        inputs[name].at[batch, 0, head], layout=layout, optimized=False
+    ).astype(jnp.float32)
+    return by_row(load("k", ROW)), by_column(load("v", COLUMN))
+
+
+def multiply_prefix(inputs, batch, head, tile):
+    """k_p v_p^T in bf16 to shared memory; commit it before use."""
+    key, value = load_prefix(inputs, batch, head)
+    tile[...] = (key * value).astype(jnp.bfloat16)
+
+
+# The launch
+
+
+def launch(kernel, inputs, out_type, scratch, grid, interpret, *, name):
+    """One program of one warpgroup for each (batch, head, segment); profilers show `name`.
+
+    kernel: called with dictionaries of inputs, outputs and scratch memory.
+    """
+    names = [list(x) for x in (inputs, out_type, scratch)]
 
     def body(*refs):
-        ins, outs = refs[: len(in_names)], refs[len(in_names) : len(in_names) + len(out_names)]
-        kernel(
-            dict(zip(in_names, ins, strict=True)),
-            dict(zip(out_names, outs, strict=True)),
-            *refs[len(in_names) + len(out_names) :],
-        )
+        refs = iter(refs)
+        kernel(*({name: next(refs) for name in group} for group in names))
 
     body.__name__ = name
     out = plgpu.kernel(
         body,
         out_type=list(out_type.values()),
-        scratch_types=scratch,
+        scratch_types=list(scratch.values()),
         grid=grid,
         grid_names=("b", "h", "z"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )(*inputs.values())
-    return dict(zip(out_names, out, strict=True))
+    return dict(zip(out_type, out, strict=True))
