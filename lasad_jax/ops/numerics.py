@@ -58,6 +58,17 @@ def exact_parts(g: Float[Array, "*any"]) -> tuple[Float[Array, "*any"], Float[Ar
     return coarse, g - coarse
 
 
+def running_sum(x: Float[Array, "*lead n"]) -> Float[Array, "*lead n"]:
+    """Inclusive sums along the last axis, which is short.
+
+    As one windowed sum, which XLA makes part of the kernels around it. Of `jnp.cumsum` it
+    makes a dozen GPU kernels, which cost more than a fused call's few log-decays are worth.
+    """
+    window = (1,) * (x.ndim - 1) + (x.shape[-1],)
+    padding = [(0, 0)] * (x.ndim - 1) + [(x.shape[-1] - 1, 0)]
+    return jax.lax.reduce_window(x, 0.0, jax.lax.add, window, (1,) * x.ndim, padding)
+
+
 def combine(earlier: tuple[Array, Array], later: tuple[Array, Array]) -> tuple[Array, Array]:
     """The associative operator of every scan: (a, S) then (b, T) -> (a b, b S + T)."""
     a, s = earlier

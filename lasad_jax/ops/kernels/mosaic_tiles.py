@@ -56,14 +56,16 @@ def without_prefix(since, layout, chunk, num_prefix):
 
 def masked(scores, weights, mask_tile):
     """scores * weights in bf16 where the mask has ones, else 0, whatever the product is."""
-    bits = lax.bitcast_convert_type((scores * weights).astype(jnp.bfloat16), jnp.int16)
-    return lax.bitcast_convert_type(bits & mask_tile[...], jnp.bfloat16)
+    bits = lambda x: lax.bitcast_convert_type(x, jnp.int16)
+    weighted = (scores * weights).astype(jnp.bfloat16)
+    return lax.bitcast_convert_type(bits(weighted) & bits(mask_tile[...]), jnp.bfloat16)
 
 
 def fill_mask(mask_tile, queries):
     """Ones where the query, by row or by column (`queries` 0 or 1), is no earlier than the key."""
     visible = iota(queries) >= iota(1 - queries)
-    mask_tile[...] = jnp.where(visible, -1, 0).astype(jnp.int16)
+    bits = jnp.where(visible, -1, 0).astype(jnp.int16)
+    mask_tile[...] = lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
 def iota(dimension):
@@ -178,9 +180,9 @@ def walk_buffers(num_tensors, stages):
     )
 
 
-def tiles(*lead, dtype=jnp.bfloat16):
+def tiles(*lead):
     """Scratch memory for tiles."""
-    return plgpu.SMEM((*lead, *_SQUARE), dtype, transforms=_TRANSFORMS)
+    return plgpu.SMEM((*lead, *_SQUARE), jnp.bfloat16, transforms=_TRANSFORMS)
 
 
 # The prefix token

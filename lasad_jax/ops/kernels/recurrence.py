@@ -14,10 +14,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from lasad_jax.ops.numerics import einsum, exact_parts
+from lasad_jax.ops.numerics import exact_parts, running_sum
 
 # In bf16 what is left after a factor of exp(-32) counts for nothing; a bound keeps b exact.
 _RESET = -32.0
@@ -162,13 +161,7 @@ _recurrence_with_effects = _differentiable(optimize_remat=False)
 def _running_sums(g: Float32[Array, "Bg H M L"], dtype: jnp.dtype) -> Array:
     """b (Bg, H, M, K, L): sums within chunks, split in two where bf16 does not hide rounding."""
     parts = [jnp.maximum(g, _RESET)] if dtype == jnp.bfloat16 else exact_parts(g)
-    # NumPy's, so that it is a constant and not one more launch.
-    until = np.triu(np.ones((g.shape[-1],) * 2, np.float32))
-    if g.shape[0] > 1:
-        sums = [einsum("bhms,st->bhmt", x, until) for x in parts]
-    else:  # few numbers: a sum joins the pass that made them
-        sums = [jnp.sum(x[..., None] * until, axis=-2) for x in parts]
-    return jnp.stack(sums, axis=3)
+    return jnp.stack([running_sum(x) for x in parts], axis=3)
 
 
 def _across_segments(b: Float32[Array, "Bg H M K L"], segments: int) -> Float32[Array, "Bg H Z"]:

@@ -51,13 +51,14 @@ def forward(
 
     def kernel(inputs, outputs, scratch):
         at, h, z = (lax.axis_index(name) for name in "bhz")
-        state_tile, value_tile, out_tile = (scratch["tiles"].at[i] for i in range(3))
-        mask_tile = scratch["mask"]
+        state_tile, value_tile, out_tile, mask_tile, *prefix_tile = (
+            scratch["tiles"].at[i] for i in range(4 + num_prefix)
+        )
 
         def prepare():
             mg.fill_mask(mask_tile, queries=0)
             if num_prefix:
-                mg.multiply_prefix(inputs, at, h, scratch["prefix"])
+                mg.multiply_prefix(inputs, at, h, *prefix_tile)
             plgpu.commit_smem()
 
         def step(c, tiles, decays, fetch, state):
@@ -83,10 +84,9 @@ def forward(
                 [state * jnp.exp2(decays.whole), (mg.transposed(k_tile), value_tile)],
                 work=fetch,
             )
-            out = [carried * mg.by_row(jnp.exp2(decays.row)), (scores, v_tile)]
-            if num_prefix:
-                out.append((q_tile, scratch["prefix"]))
-            (out,), _ = multiply(out)
+            carried *= mg.by_row(jnp.exp2(decays.row))
+            from_prefix = [(q_tile, tile) for tile in prefix_tile]
+            (out,), _ = multiply([carried, (scores, v_tile), *from_prefix])
             plgpu.wait_smem_to_gmem(1 if keep_states else 0, wait_read_only=True)
             out_tile[...] = out.astype(jnp.bfloat16)
             plgpu.commit_smem()
@@ -107,13 +107,7 @@ def forward(
     inputs = {"q": q, "k": k, "v": v, "b": b[:, :, :, 0]}
     if starts is not None:
         inputs["starts"] = starts
-    scratch = {
-        "walk": mg.walk_buffers(3, stages=2),
-        "tiles": mg.tiles(3),
-        "mask": mg.tiles(dtype=jnp.int16),
-    }
-    if num_prefix:
-        scratch["prefix"] = mg.tiles()
+    scratch = {"walk": mg.walk_buffers(3, stages=2), "tiles": mg.tiles(4 + num_prefix)}
     grid = (batch, heads, segments)
     out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="recurrence_forward")
     return out["o"], out.get("states"), out.get("ends")

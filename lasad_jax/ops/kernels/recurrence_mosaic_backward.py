@@ -8,14 +8,16 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
 from lasad_jax.ops.kernels import mosaic_tiles as mg
-from lasad_jax.ops.numerics import einsum
+from lasad_jax.ops.numerics import running_sum
+
+# Places of the tiles that are filled before the walk.
+_STATE, _MASK = 0, 1
 
 
 def backward(
@@ -45,15 +47,16 @@ def backward(
         out_type["d_starts"] = of(segments, mg.DIM, mg.DIM)
     multiply = functools.partial(mg.multiply, interpret=interpret)
     t = mg.transposed
+    num_tiles = 4 + num_prefix
 
     def kernel(inputs, outputs, scratch):
         at, h, z = (lax.axis_index(name) for name in "bhz")
         chunk_of = lambda i: z * chunks + chunks - 1 - i
-        state_tile, state_ready = scratch["state"]
-        mask_tile = scratch["mask"]
+        own_tiles, state_ready = scratch["tiles"], scratch["state_ready"]
 
         def fetch_state(c):
-            plgpu.copy_gmem_to_smem(inputs["states"].at[at, h, c], state_tile, state_ready)
+            source = inputs["states"].at[at, h, c]
+            plgpu.copy_gmem_to_smem(source, own_tiles.at[_STATE], state_ready)
 
         def step(c, tiles, decays, fetch, carry):
             d_state, d_prefix = carry
@@ -61,7 +64,9 @@ def backward(
             # The compiler must not see that these places never change: it would keep all it can
             # derive from them in registers, which then do not suffice.
             zero = jnp.where(decays.whole > 0, 1, 0)
-            d_state_tile, one_tile = (scratch["tiles"].at[i + zero] for i in range(2))
+            state_tile, mask_tile, d_state_tile, other_tile, *prefix_tile = (
+                own_tiles.at[i + zero] for i in range(num_tiles)
+            )
             keys = mg.without_prefix(decays.row, mg.ROW, c, num_prefix)
             to_end = mg.by_row(jnp.exp2(decays.whole - keys))
             from_start = mg.by_row(jnp.exp2(decays.row))
@@ -70,7 +75,7 @@ def backward(
 
             def prepare():
                 d_state_tile[...] = d_state.astype(jnp.bfloat16)
-                one_tile[...] = (do_tile[...].astype(jnp.float32) * from_start).astype(jnp.bfloat16)
+                other_tile[...] = (do_tile[...].astype(jnp.float32) * from_start).astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 weights = jnp.exp2(mg.by_column(decays.column) - mg.by_row(keys))
                 return weights, d_state * jnp.exp2(decays.whole)
@@ -79,12 +84,12 @@ def backward(
             (scores,), (weights, d_state) = multiply([(k_tile, t(q_tile))], work=prepare)
             (d_scores, d_state), scores = multiply(
                 [(v_tile, t(do_tile))],
-                [d_state, (t(q_tile), one_tile)],
+                [d_state, (t(q_tile), other_tile)],
                 work=lambda: mg.masked(scores, weights, mask_tile),
             )
             d_scores = mg.masked(d_scores, weights, mask_tile)
             plgpu.commit_smem()
-            one_tile[...] = d_scores
+            other_tile[...] = d_scores
             plgpu.commit_smem()
 
             def fetch_when_free():
@@ -106,16 +111,14 @@ def backward(
                 return jnp.sum(k_tile[...].astype(jnp.float32) * dk, axis=1)
 
             plgpu.barrier_wait(state_ready)
-            sums = [[(do_tile, t(state_tile))]]
-            if num_prefix:
-                sums.append([(do_tile, t(scratch["prefix"]))])
-            (dq, *from_prefix), change = multiply(*sums, work=leave)
+            (dq,), change = multiply([(do_tile, t(state_tile))], work=leave)
             plgpu.commit_smem()
             rows = pl.ds(c * mg.CHUNK, mg.CHUNK)
             plgpu.copy_smem_to_gmem(d_state_tile, outputs["dk"].at[at, rows, h])
             plgpu.copy_smem_to_gmem(v_tile, outputs["dv"].at[at, rows, h])
-            (dq,), through = multiply(
-                [dq * from_start, (t(one_tile), k_tile)],
+            (dq, *from_prefix), through = multiply(
+                [dq * from_start, (t(other_tile), k_tile)],
+                *([(do_tile, t(tile))] for tile in prefix_tile),
                 work=lambda: jnp.sum(state_tile[...].astype(jnp.float32) * d_state, axis=1),
             )
             change -= jnp.sum(q_tile[...].astype(jnp.float32) * dq, axis=1)
@@ -131,9 +134,9 @@ def backward(
 
         def prepare():
             fetch_state(chunk_of(0))
-            mg.fill_mask(mask_tile, queries=1)
+            mg.fill_mask(own_tiles.at[_MASK], queries=1)
             if num_prefix:
-                mg.multiply_prefix(inputs, at, h, scratch["prefix"])
+                mg.multiply_prefix(inputs, at, h, own_tiles.at[num_tiles - 1])
             plgpu.commit_smem()
 
         d_state, d_prefix = mg.zeros(), mg.zeros() if num_prefix else None
@@ -156,14 +159,17 @@ def backward(
         )
         if return_d_starts:
             outputs["d_starts"][at, h, z] = d_state
-        plgpu.wait_smem_to_gmem(0)
-        if num_prefix:  # so far these rows are 0
+        if num_prefix:
             key, value = mg.load_prefix(inputs, at, h)
+            dk = jnp.sum(d_prefix * value, axis=1).astype(jnp.bfloat16)
+            dv = jnp.sum(d_prefix * key, axis=0).astype(jnp.bfloat16)
+        plgpu.wait_smem_to_gmem(0)
+        if num_prefix:
 
             @pl.when(z == 0)
-            def _():
-                outputs["dk"][at, 0, h] = jnp.sum(d_prefix * value, axis=1).astype(jnp.bfloat16)
-                outputs["dv"][at, 0, h] = jnp.sum(d_prefix * key, axis=0).astype(jnp.bfloat16)
+            def _():  # over the zeros just stored
+                outputs["dk"][at, 0, h] = dk
+                outputs["dv"][at, 0, h] = dv
 
     inputs = {"q": q, "k": k, "v": v, "d_o": d_o, "states": states, "b": b[:, :, :, 0]}
     if d_ends is not None:
@@ -172,12 +178,9 @@ def backward(
         (inputs["d_prefix"],) = d_prefix
     scratch = {
         "walk": mg.walk_buffers(4, stages=2),
-        "state": (mg.tiles(), plgpu.Barrier(num_arrivals=1)),
-        "tiles": mg.tiles(2),
-        "mask": mg.tiles(dtype=jnp.int16),
+        "tiles": mg.tiles(num_tiles),
+        "state_ready": plgpu.Barrier(num_arrivals=1),
     }
-    if num_prefix:
-        scratch["prefix"] = mg.tiles()
     grid = (batch, heads, segments)
     out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="recurrence_backward")
     dg = _cross(out["crossings"], shared=b.shape[0] == 1)
@@ -189,9 +192,7 @@ def _cross(
 ) -> Float32[Array, "one_or_B H M L"]:
     """dg: the step into row u is crossed by pairs from before the chunk to after it, or into
     it, less those that end before u, and by pairs that start in the chunk before u."""
-    before = np.triu(np.ones((mg.CHUNK, mg.CHUNK), np.float32), 1)
-    reach = np.stack([before, np.ones_like(before)])
-    if not shared:
-        return einsum("bhmjt,jtu->bhmu", crossings, reach)
-    total = jnp.sum(crossings, axis=0, keepdims=True)
-    return jnp.sum(total[..., None] * reach, axis=(3, 4))
+    if shared:
+        crossings = jnp.sum(crossings, axis=0, keepdims=True)
+    change, through = crossings[:, :, :, 0], crossings[:, :, :, 1]
+    return jnp.sum(through, axis=-1, keepdims=True) + running_sum(change) - change
