@@ -188,18 +188,45 @@ def tiles(*lead):
 # The prefix token
 
 
-def load_prefix(inputs, batch, head):
-    """Its key by row and its value by column, each as a whole tile."""
-    load = lambda name, layout: plgpu.load(
-        inputs[name].at[batch, 0, head], layout=layout, optimized=False
-    ).astype(jnp.float32)
-    return by_row(load("k", ROW)), by_column(load("v", COLUMN))
+def prefix_buffers():
+    """Scratch memory of the prefix token: key, value, and a vector to turn."""
+    row = plgpu.SMEM((DIM,), jnp.bfloat16)
+    return row, row, plgpu.SMEM((DIM,), jnp.float32), plgpu.Barrier(num_arrivals=2)
 
 
-def multiply_prefix(inputs, batch, head, tile):
-    """k_p v_p^T in bf16 to shared memory; commit it before use."""
-    key, value = load_prefix(inputs, batch, head)
+def fetch_prefix(inputs, batch, head, buffers):
+    """Begins to load it."""
+    key, value, _, ready = buffers
+    plgpu.copy_gmem_to_smem(inputs["k"].at[batch, 0, head], key, ready)
+    plgpu.copy_gmem_to_smem(inputs["v"].at[batch, 0, head], value, ready)
+
+
+def multiply_prefix(buffers, tile):
+    """k_p v_p^T in bf16 to shared memory, once loaded; commit it before use."""
+    plgpu.barrier_wait(buffers[-1])
+    key, value = _prefix(buffers)
     tile[...] = (key * value).astype(jnp.bfloat16)
+
+
+def put_prefix_gradients(buffers, d_product, dk_tile, dv_tile):
+    """To the first rows of tiles on their way out, from the gradient of k_p v_p^T."""
+    key, value = _prefix(buffers)
+    turned = buffers[2]
+    turned[...] = jnp.sum(d_product * value, axis=1)
+    dv = jnp.sum(d_product * key, axis=0)
+    plgpu.commit_smem()
+    dk = plgpu.load(turned, layout=COLUMN, optimized=False)
+    first = iota(0) == 0
+    for tile, row in ((dk_tile, dk), (dv_tile, dv)):
+        rows = jnp.where(first, by_column(row), tile[...].astype(jnp.float32))
+        tile[...] = rows.astype(jnp.bfloat16)
+
+
+def _prefix(buffers):
+    """Its key by row and its value by column, each as a whole tile."""
+    key = plgpu.load(buffers[0], layout=ROW)
+    value = plgpu.load(buffers[1], layout=COLUMN, optimized=False)
+    return by_row(key.astype(jnp.float32)), by_column(value.astype(jnp.float32))
 
 
 # The launch

@@ -51,20 +51,22 @@ def forward(
 
     def kernel(inputs, outputs, scratch):
         at, h, z = (lax.axis_index(name) for name in "bhz")
-        state_tile, value_tile, out_tile, mask_tile, *prefix_tile = (
-            scratch["tiles"].at[i] for i in range(4 + num_prefix)
+        state_tile, value_tile, mask_tile, *prefix_tile = (
+            scratch["tiles"].at[i] for i in range(3 + num_prefix)
         )
 
         def prepare():
+            if num_prefix:
+                mg.fetch_prefix(inputs, at, h, scratch["prefix"])
             mg.fill_mask(mask_tile, queries=0)
             if num_prefix:
-                mg.multiply_prefix(inputs, at, h, *prefix_tile)
+                mg.multiply_prefix(scratch["prefix"], *prefix_tile)
             plgpu.commit_smem()
 
         def step(c, tiles, decays, fetch, state):
             q_tile, k_tile, v_tile = tiles
-            # Of the copies that the step before sent off, only that of its outputs may go on.
-            plgpu.wait_smem_to_gmem(1 if keep_states else 0, wait_read_only=True)
+            # Of what the step before sent off, its outputs may still be on their way.
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
 
             def prepare():
                 state_tile[...] = state.astype(jnp.bfloat16)
@@ -79,18 +81,23 @@ def forward(
             scores = mg.masked(scores, weights, mask_tile)
             if keep_states:
                 plgpu.copy_smem_to_gmem(state_tile, outputs["states"].at[at, h, c])
+
+            def fetch_when_free():
+                plgpu.wait_smem_to_gmem(1 if keep_states else 0, wait_read_only=True)
+                fetch()
+
             (carried, state), _ = multiply(
                 [(q_tile, state_tile)],
                 [state * jnp.exp2(decays.whole), (mg.transposed(k_tile), value_tile)],
-                work=fetch,
+                work=fetch_when_free,
             )
             carried *= mg.by_row(jnp.exp2(decays.row))
             from_prefix = [(q_tile, tile) for tile in prefix_tile]
             (out,), _ = multiply([carried, (scores, v_tile), *from_prefix])
-            plgpu.wait_smem_to_gmem(1 if keep_states else 0, wait_read_only=True)
-            out_tile[...] = out.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_tile, outputs["o"].at[at, pl.ds(c * mg.CHUNK, mg.CHUNK), h])
+            q_tile[...] = out.astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_tile, outputs["o"].at[at, pl.ds(c * mg.CHUNK, mg.CHUNK), h])
             return state
 
         start = mg.zeros()
@@ -102,12 +109,14 @@ def forward(
         )
         if return_ends:
             outputs["ends"][at, h, z] = state
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     inputs = {"q": q, "k": k, "v": v, "b": b[:, :, :, 0]}
     if starts is not None:
         inputs["starts"] = starts
-    scratch = {"walk": mg.walk_buffers(3, stages=2), "tiles": mg.tiles(4 + num_prefix)}
+    scratch = {"walk": mg.walk_buffers(3, stages=2), "tiles": mg.tiles(3 + num_prefix)}
+    if num_prefix:
+        scratch["prefix"] = mg.prefix_buffers()
     grid = (batch, heads, segments)
     out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="recurrence_forward")
     return out["o"], out.get("states"), out.get("ends")

@@ -112,6 +112,12 @@ def backward(
 
             plgpu.barrier_wait(state_ready)
             (dq,), change = multiply([(do_tile, t(state_tile))], work=leave)
+            if num_prefix:
+
+                @pl.when(c == 0)
+                def _():
+                    mg.put_prefix_gradients(scratch["prefix"], d_prefix, d_state_tile, v_tile)
+
             plgpu.commit_smem()
             rows = pl.ds(c * mg.CHUNK, mg.CHUNK)
             plgpu.copy_smem_to_gmem(d_state_tile, outputs["dk"].at[at, rows, h])
@@ -134,9 +140,11 @@ def backward(
 
         def prepare():
             fetch_state(chunk_of(0))
+            if num_prefix:
+                mg.fetch_prefix(inputs, at, h, scratch["prefix"])
             mg.fill_mask(own_tiles.at[_MASK], queries=1)
             if num_prefix:
-                mg.multiply_prefix(inputs, at, h, own_tiles.at[num_tiles - 1])
+                mg.multiply_prefix(scratch["prefix"], own_tiles.at[num_tiles - 1])
             plgpu.commit_smem()
 
         d_state, d_prefix = mg.zeros(), mg.zeros() if num_prefix else None
@@ -145,7 +153,7 @@ def backward(
         if "d_prefix" in inputs:
             later = plgpu.load(inputs["d_prefix"].at[at, h], layout=mg.TILE, optimized=False)
             d_prefix = later * jnp.where(z == 0, 1.0, 0.0)
-        d_state, d_prefix = mg.walk(
+        d_state, _ = mg.walk(
             step,
             inputs,
             ("q", "k", "v", "d_o"),
@@ -159,17 +167,7 @@ def backward(
         )
         if return_d_starts:
             outputs["d_starts"][at, h, z] = d_state
-        if num_prefix:
-            key, value = mg.load_prefix(inputs, at, h)
-            dk = jnp.sum(d_prefix * value, axis=1).astype(jnp.bfloat16)
-            dv = jnp.sum(d_prefix * key, axis=0).astype(jnp.bfloat16)
-        plgpu.wait_smem_to_gmem(0)
-        if num_prefix:
-
-            @pl.when(z == 0)
-            def _():  # over the zeros just stored
-                outputs["dk"][at, 0, h] = dk
-                outputs["dv"][at, 0, h] = dv
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     inputs = {"q": q, "k": k, "v": v, "d_o": d_o, "states": states, "b": b[:, :, :, 0]}
     if d_ends is not None:
@@ -181,6 +179,8 @@ def backward(
         "tiles": mg.tiles(num_tiles),
         "state_ready": plgpu.Barrier(num_arrivals=1),
     }
+    if num_prefix:
+        scratch["prefix"] = mg.prefix_buffers()
     grid = (batch, heads, segments)
     out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="recurrence_backward")
     dg = _cross(out["crossings"], shared=b.shape[0] == 1)
