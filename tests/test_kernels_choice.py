@@ -31,7 +31,7 @@ NEEDS_JAX_11 = pytest.mark.skipif(
 
 def arguments(family=RasterDecay, num_tokens=256, widths=(64, 64), dtype=jnp.bfloat16, **changes):
     q, v = (jax.ShapeDtypeStruct((2, num_tokens, 4, width), dtype) for width in widths)
-    return {"q": q, "v": v, "decay": make_decay(family)} | changes
+    return {"q": q, "v": v, "decay": make_decay(family), "num_prefix": 1} | changes
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,7 @@ def arguments(family=RasterDecay, num_tokens=256, widths=(64, 64), dtype=jnp.bfl
         pytest.param("H200", "mosaic_gpu", {}, marks=NEEDS_JAX_11),
         ("H200", "triton", {"num_tokens": 257}),
         ("H200", "triton", {"num_tokens": 56}),
+        ("H200", "triton", {"num_prefix": 2}),
         ("H200", "triton", {"widths": (64, 128)}),
         ("H200", "triton", {"dtype": jnp.float32}),
         ("H200", "triton", {"family": ManhattanDecay}),
@@ -96,6 +97,7 @@ def test_refusals_say_why(device, name, changes, reason):
         ("H200", {"widths": (64, 128)}, "not bfloat16 of 64, 128"),
         ("H200", {"num_tokens": 257}, "multiple of 8 tokens, at least 64, not 257"),
         ("H200", {"num_tokens": 56}, "at least 64, not 56"),
+        ("H200", {"num_prefix": 2}, "one prefix token, not 2; use 'triton'"),
     ],
 )
 def test_refusals_of_hopper_kernels_say_why(device, changes, reason):
@@ -127,7 +129,7 @@ def test_a_named_implementation_fails_before_it_runs():
 def test_few_heads_of_long_sequences_are_split():
     q = jax.ShapeDtypeStruct((1, 64, 1, 64), jnp.bfloat16)
     segments = choice.recurrence("triton", q, q).segments
-    assert [segments(8, 64), segments(64, 64), segments(128, 64), segments(8, 15)] == [8, 2, 1, 1]
+    assert [segments(8, 64), segments(64, 64), segments(128, 64), segments(8, 15)] == [8, 4, 2, 1]
     assert choice.recurrence("mosaic_tpu", q, q).segments(8, 64) == 1
 
 
@@ -186,7 +188,7 @@ def with_gradients(args, cotangent, implementation, grid, num_prefix):
         ("triton", ManhattanDecay, False, 3),
         ("mosaic_tpu", RasterDecay, True, 3),
         ("mosaic_tpu", ManhattanDecay, False, 1),
-        pytest.param("mosaic_gpu", RasterDecay, True, 3, marks=NEEDS_JAX_11),
+        pytest.param("mosaic_gpu", RasterDecay, True, 1, marks=NEEDS_JAX_11),
     ],
 )
 def test_operator_equals_the_chunked_form(name, family, gated, num_prefix, kernels_on_cpu):

@@ -44,7 +44,7 @@ _PEERS = flags.DEFINE_list("peers", list(PEERS), "What to compare with.")
 _PATIENCE = flags.DEFINE_float("peer_seconds", 300, "What each peer in PyTorch may take.", 0)
 _REPEATS = flags.DEFINE_integer("repeats", 10, "Timings of each, of which the median counts.", 1)
 _ONE_PROGRAM = flags.DEFINE_bool(
-    "one_program", False, "Compile all calls of a timing as one, if the host is slow to send them."
+    "one_program", True, "Compile a round of calls as one; else the host sends off each."
 )
 _COPY = flags.DEFINE_integer("copy_megabytes", None, "Size of the copy; by device if unset.", 1)
 _OUT = flags.DEFINE_string("out", None, "Folder for operator.json and operator.png.")

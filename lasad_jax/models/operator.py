@@ -29,7 +29,9 @@ def linear_attention(
     return_state: bool,
 ) -> Float[Array, "B N H Dv"] | tuple[Float[Array, "B N H Dv"], ops.State]:
     """`ops.linear_attention` of whole sequences under the current mesh and axis rules."""
-    implementation = ops.resolve_implementation(implementation, q, v, decay, stateful=return_state)
+    implementation = ops.resolve_implementation(
+        implementation, q, v, decay, num_prefix=num_prefix, stateful=return_state
+    )
     run = functools.partial(
         ops.linear_attention,
         grid=grid,

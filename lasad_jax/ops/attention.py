@@ -66,7 +66,15 @@ def linear_attention(
     _check(q, k, v, decay, grid, num_prefix, log_gate, implementation, initial_state)
     decay = jax.tree.map(lambda rate: rate.astype(accumulator(q.dtype)), decay)
     stateful = return_state or initial_state is not None
-    implementation = resolve_implementation(implementation, q, v, decay, stateful=stateful)
+    implementation = resolve_implementation(
+        implementation,
+        q,
+        v,
+        decay,
+        # Kernels that take up a state leave the prefix to it.
+        num_prefix=num_prefix if initial_state is None else 0,
+        stateful=stateful,
+    )
     if implementation == "quadratic":
         return quadratic(q, k, v, decay, grid=grid, num_prefix=num_prefix, log_gate=log_gate)
 
@@ -107,7 +115,7 @@ def linear_attention(
 
 
 def resolve_implementation(
-    implementation: str, q: Array, v: Array, decay: Decay, *, stateful: bool
+    implementation: str, q: Array, v: Array, decay: Decay, *, num_prefix: int, stateful: bool
 ) -> str:
     """The implementation that "auto" stands for here; any other name, if it can run.
 
@@ -115,14 +123,14 @@ def resolve_implementation(
       ValueError: saying why the named implementation cannot run.
     """
     if implementation in choice.KERNELS:
-        obstacle = choice.obstacle(implementation, q, v, decay)
+        obstacle = choice.obstacle(implementation, q, v, decay, num_prefix)
         if obstacle:
             raise ValueError(f"implementation: {implementation!r} cannot run here: {obstacle}")
     if implementation == "quadratic" and stateful:
         raise ValueError("implementation='quadratic' carries no state; use 'chunked' or 'scan'")
     if implementation != "auto":
         return implementation
-    kernels = choice.choose(q, v, decay)
+    kernels = choice.choose(q, v, decay, num_prefix)
     if kernels is not None:
         return kernels
     limits = _QUADRATIC_UP_TO.get(choice.device().platform, _QUADRATIC_UP_TO["gpu"])

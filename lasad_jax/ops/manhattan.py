@@ -122,7 +122,7 @@ def chunked(
         q, k, v = block
         own = within(*(x.reshape(x.shape[0], -1, *x.shape[3:]) for x in block), decay)
         mixed = einsum("hxc,bhcde->bhxde", mix, memory).astype(dtype)
-        carried = einsum("brchd,bhcde->brche", (q * down_to).astype(dtype), mixed)
+        carried = down_to * einsum("brchd,bhcde->brche", q, mixed)
         added = einsum("brchd,brche->bhcde", (k * down_from).astype(dtype), v)
         return down_all * memory + added, (carried + own.reshape(carried.shape)).astype(dtype)
 

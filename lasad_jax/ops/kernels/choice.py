@@ -43,13 +43,13 @@ def device() -> Device:
     return Device(jax.default_backend(), jax.devices()[0].device_kind)
 
 
-def choose(q: Array, v: Array, decay: Decay) -> str | None:
+def choose(q: Array, v: Array, decay: Decay, num_prefix: int) -> str | None:
     """The best kernels for these arguments on this device; None if none can run."""
-    able = (name for name in KERNELS if obstacle(name, q, v, decay) is None)
+    able = (name for name in KERNELS if obstacle(name, q, v, decay, num_prefix) is None)
     return next(able, None)
 
 
-def obstacle(name: str, q: Array, v: Array, decay: Decay) -> str | None:
+def obstacle(name: str, q: Array, v: Array, decay: Decay, num_prefix: int) -> str | None:
     """Why the kernels `name` cannot take these arguments on this device; None if they can."""
     where, exact = device(), isinstance(decay, ManhattanDecay)
     key_dim, value_dim = q.shape[3], v.shape[3]
@@ -62,10 +62,14 @@ def obstacle(name: str, q: Array, v: Array, decay: Decay) -> str | None:
         return f"it takes bfloat16 or float32, the same for all, not {q.dtype} and {v.dtype}"
     if key_dim not in _WIDTHS or value_dim not in _WIDTHS:
         return f"it takes Dk and Dv of {_WIDTHS}, not {key_dim} and {value_dim}"
-    return _obstacle_on_hopper(where, q, v, exact) if name == "mosaic_gpu" else None
+    if name != "mosaic_gpu":
+        return None
+    return _obstacle_on_hopper(where, q, v, exact, num_prefix)
 
 
-def _obstacle_on_hopper(where: Device, q: Array, v: Array, exact: bool) -> str | None:
+def _obstacle_on_hopper(
+    where: Device, q: Array, v: Array, exact: bool, num_prefix: int
+) -> str | None:
     version = tuple(int(x) for x in jax.__version__.split(".")[:2])
     if exact:
         return "it has no 2D decay; use 'triton'"
@@ -75,6 +79,8 @@ def _obstacle_on_hopper(where: Device, q: Array, v: Array, exact: bool) -> str |
         return f"it needs a Hopper GPU (H100, H200), not {where.kind}"
     if q.dtype != jnp.bfloat16 or (q.shape[3], v.shape[3]) != (64, 64):
         return f"it takes bfloat16 of Dk = Dv = 64, not {q.dtype} of {q.shape[3]}, {v.shape[3]}"
+    if num_prefix > 1:
+        return f"it takes one prefix token, not {num_prefix}; use 'triton'"
     if q.shape[1] % 8 or q.shape[1] < 64:
         return f"it takes a multiple of 8 tokens, at least 64, not {q.shape[1]}"
     return None

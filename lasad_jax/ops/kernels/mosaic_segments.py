@@ -92,8 +92,8 @@ def segment_gradients(
             plgpu.commit_smem()
             fetch()
             decayed = (sums[0] * jnp.exp2(decays.whole), *sums[1:])
-            factors = (d_out_tile, do_tile)
-            add = [[x, (mg.transposed(q_tile), y)] for x, y in zip(decayed, factors)]
+            factors = (d_out_tile, do_tile)[: len(names)]
+            add = [[x, (mg.transposed(q_tile), y)] for x, y in zip(decayed, factors, strict=True)]
             return mg.multiply(*add, interpret=interpret)[0]
 
         chunk_of = lambda i: (z + 2) * chunks - 1 - i

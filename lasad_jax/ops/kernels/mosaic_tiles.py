@@ -126,9 +126,7 @@ class Decays:
         return cls(log2(plgpu.load(b, layout=ROW)), log2(column), log2(b[CHUNK - 1]))
 
 
-def walk(
-    step, inputs, names, batch, head, chunk_of, chunks, buffers, carry, prepare=lambda: None
-):
+def walk(step, inputs, names, batch, head, chunk_of, chunks, buffers, carry, prepare=lambda: None):
     """Carries a value through the chunks of one program while later ones are fetched.
 
     Args:

@@ -75,7 +75,9 @@ def backward(
 
             def prepare():
                 d_state_tile[...] = d_state.astype(jnp.bfloat16)
-                other_tile[...] = (do_tile[...].astype(jnp.float32) * from_start).astype(jnp.bfloat16)
+                other_tile[...] = (do_tile[...].astype(jnp.float32) * from_start).astype(
+                    jnp.bfloat16
+                )
                 plgpu.commit_smem()
                 weights = jnp.exp2(mg.by_column(decays.column) - mg.by_row(keys))
                 return weights, d_state * jnp.exp2(decays.whole)
