@@ -42,13 +42,13 @@ class Backend:
         segment; the last two are None unless asked for, as `starts` may be.
       backward: (q, k, v, b, states, d_o, d_ends, d_prefix, num_prefix=, segments=,
         return_d_starts=) to dq, dk, dv, dg (B, H, M, L), and d_starts or None. d_ends and
-        d_prefix, pairs of (B, H, P, D), may be None; the latter is what segments after the
-        first contribute to the gradient of the prefix, already summed.
+        d_prefix may be None; the latter is what `segment_gradients` found for the prefix,
+        summed over the segments.
       segment_states: (k, v, b, num_prefix=, segments=) to (B, H, Z - 1, Dk, Dv): what each
         segment but the last adds to the state, as of its end. None if never split.
       segment_gradients: (q, d_o, k, v, b, num_prefix=, segments=) to the same of each segment
-        but the first for the gradient of its first state, and to its part of the prefix's
-        gradients, (B, H, Z - 1, P, D) each or None.
+        but the first for the gradient of its first state, followed by arrays (B, H, Z - 1, ...)
+        from which `backward` makes the prefix's gradients.
       has_effects: whether calls have side effects, as those of JAX's interpreter for Mosaic
         GPU, which rule out the optimization for remat.
     """

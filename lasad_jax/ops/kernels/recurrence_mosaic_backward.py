@@ -62,7 +62,9 @@ def backward(
             d_state, d_prefix = carry
             q_tile, k_tile, v_tile, do_tile = tiles
             # The compiler must not see that these places never change: it would keep all it can
-            # derive from them in registers, which then do not suffice.
+            # derive from them in registers, which then do not suffice. `other` takes the
+            # decayed d_o, then d_scores; those of d_state, q and v take dk, dq and dv on
+            # their way out.
             zero = jnp.where(decays.whole > 0, 1, 0)
             state_tile, mask_tile, d_state_tile, other_tile, *prefix_tile = (
                 own_tiles.at[i + zero] for i in range(num_tiles)
@@ -75,9 +77,8 @@ def backward(
 
             def prepare():
                 d_state_tile[...] = d_state.astype(jnp.bfloat16)
-                other_tile[...] = (do_tile[...].astype(jnp.float32) * from_start).astype(
-                    jnp.bfloat16
-                )
+                d_out = do_tile[...].astype(jnp.float32) * from_start
+                other_tile[...] = d_out.astype(jnp.bfloat16)
                 plgpu.commit_smem()
                 weights = jnp.exp2(mg.by_column(decays.column) - mg.by_row(keys))
                 return weights, d_state * jnp.exp2(decays.whole)
