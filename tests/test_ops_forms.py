@@ -149,6 +149,18 @@ def test_bfloat16_stays_within_a_hundredth(family, gated, form):
     assert_close(got, want, 1e-2)
 
 
+def test_states_between_blocks_cost_no_accuracy():
+    """The 2D decay over five blocks in bf16, held to what a kernel reaches on one."""
+    grid, names = (40, 8), ("out", "q", "k", "v")
+    args = cast(make_args(ManhattanDecay, 321, gated=False), jnp.bfloat16)
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(args[2].shape), jnp.bfloat16)
+    got = jax.jit(with_gradients("chunked", grid, 1))(args, cotangent)
+    with jax.enable_x64(True):
+        args, cotangent = cast((args, cotangent), jnp.float64)
+        want = jax.jit(with_gradients("quadratic", grid, 1))(args, cotangent)
+    assert_close(*({name: x[name] for name in names} for x in (got, want)), 3e-3)
+
+
 # Properties
 
 SHAPES = st.sampled_from([((3, 4), 1), ((1, 5), 0), ((4, 2), 3)])

@@ -35,7 +35,7 @@ def segment_states(
             k_tile, v_tile = tiles
             keys = mg.without_prefix(decays.row, mg.ROW, c, num_prefix)
             to_end = mg.by_row(jnp.exp2(decays.whole - keys))
-            plgpu.commit_smem()
+            plgpu.commit_smem()  # every warp is done with the product before
             value_tile[...] = (v_tile[...].astype(jnp.float32) * to_end).astype(jnp.bfloat16)
             plgpu.commit_smem()
             fetch()
@@ -87,7 +87,7 @@ def segment_gradients(
         def step(c, tiles, decays, fetch, sums):
             q_tile, do_tile = tiles
             from_start = mg.by_row(jnp.exp2(decays.row))
-            plgpu.commit_smem()
+            plgpu.commit_smem()  # every warp is done with the products before
             d_out_tile[...] = (do_tile[...].astype(jnp.float32) * from_start).astype(jnp.bfloat16)
             plgpu.commit_smem()
             fetch()
