@@ -113,8 +113,8 @@ def chunked(
     r = jnp.arange(rows_per_block)
     within = fused or functools.partial(_written_out, grid=(rows_per_block, columns))
     # States and what makes them are not rounded to bf16, on top of the outputs and of what is
-    # within blocks: three such roundings would exceed the error of one. Beside bf16, products
-    # of float32 in TF32 or three passes are exact.
+    # within blocks: together they would exceed what a fused kernel loses. What TF32 or three
+    # passes lose is small beside bf16's own rounding.
     wide = lambda x: x.astype(accumulator(dtype))
     precision = jax.lax.Precision.HIGH if dtype == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     product = functools.partial(jnp.einsum, precision=precision)

@@ -61,7 +61,7 @@ def masked(scores, weights, mask_tile):
     return lax.bitcast_convert_type(bits(weighted) & bits(mask_tile[...]), jnp.bfloat16)
 
 
-def fill_mask(mask_tile, queries):
+def _fill_mask(mask_tile, queries):
     """Ones where the query, by row or by column (`queries` 0 or 1), is no earlier than the key."""
     visible = iota(queries) >= iota(1 - queries)
     bits = jnp.where(visible, -1, 0).astype(jnp.int16)
@@ -192,18 +192,28 @@ def prefix_buffers():
     return row, row, plgpu.SMEM((DIM,), jnp.float32), plgpu.Barrier(num_arrivals=2)
 
 
-def fetch_prefix(inputs, batch, head, buffers):
+def _fetch_prefix(inputs, batch, head, buffers):
     """Begins to load it."""
     key, value, _, ready = buffers
     plgpu.copy_gmem_to_smem(inputs["k"].at[batch, 0, head], key, ready)
     plgpu.copy_gmem_to_smem(inputs["v"].at[batch, 0, head], value, ready)
 
 
-def multiply_prefix(buffers, tile):
+def _multiply_prefix(buffers, tile):
     """k_p v_p^T in bf16 to shared memory, once loaded; commit it before use."""
     plgpu.barrier_wait(buffers[-1])
     key, value = _prefix(buffers)
     tile[...] = (key * value).astype(jnp.bfloat16)
+
+
+def fill_tiles(inputs, batch, head, mask_tile, queries, buffers, *prefix_tile):
+    """Fills what a walk only reads, the mask and the product of a prefix token if there is one."""
+    if prefix_tile:
+        _fetch_prefix(inputs, batch, head, buffers)
+    _fill_mask(mask_tile, queries)
+    if prefix_tile:
+        _multiply_prefix(buffers, *prefix_tile)
+    plgpu.commit_smem()
 
 
 def put_prefix_gradients(buffers, d_product, dk_tile, dv_tile):

@@ -55,13 +55,9 @@ def forward(
             scratch["tiles"].at[i] for i in range(3 + num_prefix)
         )
 
-        def prepare():
-            if num_prefix:
-                mg.fetch_prefix(inputs, at, h, scratch["prefix"])
-            mg.fill_mask(mask_tile, queries=0)
-            if num_prefix:
-                mg.multiply_prefix(scratch["prefix"], *prefix_tile)
-            plgpu.commit_smem()
+        prepare = lambda: mg.fill_tiles(
+            inputs, at, h, mask_tile, 0, scratch.get("prefix"), *prefix_tile
+        )
 
         def step(c, tiles, decays, fetch, state):
             q_tile, k_tile, v_tile = tiles

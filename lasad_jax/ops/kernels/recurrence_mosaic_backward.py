@@ -143,12 +143,10 @@ def backward(
 
         def prepare():
             fetch_state(chunk_of(0))
-            if num_prefix:
-                mg.fetch_prefix(inputs, at, h, scratch["prefix"])
-            mg.fill_mask(own_tiles.at[_MASK], queries=1)
-            if num_prefix:
-                mg.multiply_prefix(scratch["prefix"], own_tiles.at[num_tiles - 1])
-            plgpu.commit_smem()
+            prefix_tile = [own_tiles.at[num_tiles - 1]] * num_prefix
+            mg.fill_tiles(
+                inputs, at, h, own_tiles.at[_MASK], 1, scratch.get("prefix"), *prefix_tile
+            )
 
         d_state, d_prefix = mg.zeros(), mg.zeros() if num_prefix else None
         if "d_ends" in inputs:
