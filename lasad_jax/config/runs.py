@@ -16,7 +16,7 @@ from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.tokenizer_config import TokenizerConfig
 
 # Fields of the model that may change between two runs of the same parameters.
-_FREE_MODEL_FIELDS = ("dropout", "class_dropout", "remat", "dtype", "implementation")
+_FREE_MODEL_FIELDS = ("dropout", "class_dropout", "remat", "unroll", "dtype", "implementation")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,9 @@ class ModelConfig:
       remat: what the backward pass recomputes: "dots" (everything but matrix products,
         which on a GPU is faster than storing it), "block" (everything within a block) or
         "none".
+      unroll: layers that are compiled one by one between steps of the loop over layers; 0
+        for all of them on a GPU, where the loop costs copies of what it stores (a tenth of a
+        step), and one elsewhere. More layers take longer to compile.
       dtype: of activations and matrix products.
       param_dtype: of parameters.
       implementation: form of the operator (`lasad_jax.ops.linear_attention`).
@@ -55,6 +58,7 @@ class ModelConfig:
     dropout: float = 0.1
     class_dropout: float = 0.1
     remat: str = "dots"
+    unroll: int = 0
     dtype: str = "bfloat16"
     param_dtype: str = "float32"
     implementation: str = "auto"
@@ -74,7 +78,7 @@ class ModelConfig:
         for name in ("vocab_size", "num_classes", "num_layers", "width", "num_heads"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"model.{name}: {value} must be at least 1")
-        for name in ("key_dim", "ffn_width"):
+        for name in ("key_dim", "ffn_width", "unroll"):
             if (value := getattr(self, name)) < 0:
                 raise ValueError(f"model.{name}: {value} must be positive, or 0 for the default")
         for name in ("dropout", "class_dropout"):

@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.dropout import Dropout
 from lasad_jax.models.layers import Embedding, FeedForward, Linear, RMSNorm
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS
+from lasad_jax.ops.kernels.choice import device
 
 _REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
@@ -23,7 +26,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"], cache: PyTree | None):
-        drop = nn.Dropout(self.config.dropout, deterministic=not self.train)
+        drop = Dropout(self.config.dropout, self.train)
         mixed, cache = MIXERS[self.config.mixer](self.config, name="mixer")(
             RMSNorm(self.config, name="mixer_norm")(x), cache
         )
@@ -33,6 +36,7 @@ class Block(nn.Module):
 
 
 def _constrain(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return nn.with_logical_constraint(x, ("batch", "tokens", "activation"))
 
 
@@ -54,7 +58,7 @@ class LASADGen(nn.Module):
         config = self.config
         self.token_embedding = Embedding(config, config.vocab_size, ("vocab", "embed"))
         self.class_embedding = Embedding(config, config.num_classes + 1, ("classes", "embed"))
-        self.embedding_dropout = nn.Dropout(config.dropout, deterministic=not self.train)
+        self.embedding_dropout = Dropout(config.dropout, self.train)
         block = Block
         if config.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
@@ -63,6 +67,7 @@ class LASADGen(nn.Module):
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             length=config.num_layers,
+            unroll=min(config.unroll or _default_unroll(config), config.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, self.train)
         self.final_norm = RMSNorm(config)
@@ -83,13 +88,17 @@ class LASADGen(nn.Module):
         Returns:
           float32 logits; row i predicts tokens[:, i].
         """
+        return self._logits(self.features(tokens, labels))
+
+    def features(self, tokens: Int[Array, "B N"], labels: Int[Array, " B"]) -> Float[Array, "B N D"]:
+        """What the head turns into logits, for losses that never hold all of them at once."""
         if self.train and self.config.class_dropout:
             dropped = jax.random.bernoulli(
                 self.make_rng("dropout"), self.config.class_dropout, labels.shape
             )
             labels = jnp.where(dropped, self.config.num_classes, labels)
         x, _ = self._run(self._embed(labels, tokens[:, :-1]), None)
-        return self._logits(x)
+        return self.final_norm(x)
 
     def prefill(
         self, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
@@ -101,14 +110,14 @@ class LASADGen(nn.Module):
         """
         cache = init_cache(self.config, labels.shape[0])
         x, cache = self._run(self._embed(labels, tokens), cache)
-        return self._logits(x[:, -1:])[:, 0], cache
+        return self._logits(self.final_norm(x[:, -1:]))[:, 0], cache
 
     def decode_step(
         self, tokens: Int[Array, " B"], cache: PyTree
     ) -> tuple[Float[Array, "B V"], PyTree]:
         """Reads one code; returns the logits of the next and the new cache."""
         x, cache = self._run(self.token_embedding(tokens)[:, None], cache)
-        return self._logits(x)[:, 0], cache
+        return self._logits(self.final_norm(x))[:, 0], cache
 
     def _embed(self, labels, tokens) -> Float[Array, "B N D"]:
         prefix = self.class_embedding(labels)[:, None]
@@ -118,8 +127,12 @@ class LASADGen(nn.Module):
         return self.blocks(_constrain(self.embedding_dropout(x)), cache)
 
     def _logits(self, x: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
-        logits = self.head(self.final_norm(x)).astype(jnp.float32)
+        logits = self.head(x).astype(jnp.float32)
         return nn.with_logical_constraint(logits, ("batch", "tokens", "vocab"))
+
+
+def _default_unroll(config: ModelConfig) -> int:
+    return config.num_layers if device().is_gpu else 1
 
 
 def init_cache(config: ModelConfig, batch: int) -> PyTree:

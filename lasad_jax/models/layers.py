@@ -1,5 +1,7 @@
 """The parts that every mixer shares: projections, norms, feed-forward."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -39,7 +41,11 @@ class Linear(nn.Module):
         shape = (*x.shape[-num_contracted:], *self.features)
         param_dtype, dtype = jnp.dtype(self.config.param_dtype), self.config.compute_dtype
         kernel = self.param("kernel", init, shape, param_dtype)
-        y = jnp.tensordot(x.astype(dtype), kernel.astype(dtype), num_contracted)
+        # As one product of two matrices: of more axes XLA would transpose whole activations in
+        # memory for the kernel's gradient.
+        lead, size = x.shape[: x.ndim - num_contracted], math.prod(shape[:num_contracted])
+        y = x.astype(dtype).reshape(-1, size) @ kernel.astype(dtype).reshape(size, -1)
+        y = y.reshape(*lead, *self.features)
         if self.use_bias:
             init = nn.with_logical_partitioning(self.bias_init, self.axes[num_contracted:])
             y += self.param("bias", init, self.features, param_dtype).astype(dtype)

@@ -5,19 +5,15 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, PyTree
 
 from lasad_jax.config import Config
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.generator import LASADGen
+from lasad_jax.training.cross_entropy import mean_loss, token_losses
 from lasad_jax.training.state import TrainState, learning_rate, make_optimizer, update_average
 
 Batch = dict[str, Array]
-
-
-def token_losses(logits: Float[Array, "B N V"], tokens: Int[Array, "B N"]) -> Float[Array, "B N"]:
-    """Cross-entropy of every token, in nats."""
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens)
 
 
 def make_train_step(
@@ -34,10 +30,14 @@ def make_train_step(
     accumulate, ema_decay = config.optimizer.accumulate, config.optimizer.ema_decay
 
     def loss(params, batch, key):
-        logits = model.apply(
-            {"params": params}, batch["tokens"], batch["labels"], rngs={"dropout": key}
+        x = model.apply(
+            {"params": params},
+            batch["tokens"],
+            batch["labels"],
+            rngs={"dropout": key},
+            method="features",
         )
-        return token_losses(logits, batch["tokens"]).mean()
+        return mean_loss(x, params["head"]["kernel"], batch["tokens"])
 
     def loss_and_gradient(params, batch, key):
         if accumulate == 1:
@@ -81,8 +81,8 @@ def make_eval_step(model_config: ModelConfig) -> Callable[[PyTree, Batch], tuple
     model = LASADGen(model_config)
 
     def eval_step(params: PyTree, batch: Batch) -> tuple[Array, Array]:
-        logits = model.apply({"params": params}, batch["tokens"], batch["labels"])
-        losses = token_losses(logits, batch["tokens"]).mean(axis=-1)
+        x = model.apply({"params": params}, batch["tokens"], batch["labels"], method="features")
+        losses = token_losses(x, params["head"]["kernel"], batch["tokens"]).mean(axis=-1)
         return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
 
     return eval_step

@@ -34,6 +34,11 @@ class Device:
     platform: str
     kind: str
 
+    @property
+    def is_gpu(self) -> bool:
+        """Under either name that JAX has for it."""
+        return self.platform in ("gpu", "cuda")
+
 
 def device() -> Device:
     """The device of the current mesh if one is set, which need not be at hand; else the default."""
@@ -54,7 +59,7 @@ def obstacle(name: str, q: Array, v: Array, decay: Decay, num_prefix: int) -> st
     where, exact = device(), isinstance(decay, ManhattanDecay)
     key_dim, value_dim = q.shape[3], v.shape[3]
     needed = "tpu" if name == "mosaic_tpu" else "gpu"
-    if where.platform not in {"gpu": ("gpu", "cuda"), "tpu": ("tpu",)}[needed]:
+    if not (where.is_gpu if needed == "gpu" else where.platform == "tpu"):
         return f"it needs a {needed.upper()}, not {where.kind} ({where.platform})"
     if needed == "gpu" and "NVIDIA" not in where.kind:
         return f"it needs an NVIDIA GPU, not {where.kind}"
