@@ -8,7 +8,7 @@ from lasad_jax.ops import IMPLEMENTATIONS
 
 MIXERS = ("lasad", "softmax")
 DECAYS = ("none", "sequence", "raster", "manhattan")
-REMATS = ("none", "block", "dots")
+REMATS = ("none", "block", "cheap")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -31,9 +31,8 @@ class ModelConfig:
       rope: 2D rotary embedding of queries and keys.
       dropout: rate on the token embedding and on every residual branch.
       class_dropout: rate at which a label becomes the null class in training.
-      remat: what the backward pass recomputes: "dots" (everything but matrix products,
-        which on a GPU is faster than storing it), "block" (everything within a block) or
-        "none".
+      remat: what the backward pass recomputes: "cheap" (what takes one pass over memory, not
+        products, norms and the operator), "block" (everything within a block) or "none".
       unroll: layers that are compiled one by one between steps of the loop over layers; 0
         for all of them on a GPU, where the loop costs copies of what it stores (a tenth of a
         step), and one elsewhere. More layers take longer to compile.
@@ -57,7 +56,7 @@ class ModelConfig:
     rope: bool = True
     dropout: float = 0.1
     class_dropout: float = 0.1
-    remat: str = "dots"
+    remat: str = "cheap"
     unroll: int = 0
     dtype: str = "bfloat16"
     param_dtype: str = "float32"

@@ -10,11 +10,12 @@ from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.dropout import Dropout
 from lasad_jax.models.layers import Embedding, FeedForward, Linear, RMSNorm
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS
+from lasad_jax.ops.keep import keep_policy
 from lasad_jax.ops.kernels.choice import device
 
 _REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "cheap": keep_policy,
 }
 
 
@@ -28,10 +29,10 @@ class Block(nn.Module):
     def __call__(self, x: Float[Array, "B N D"], cache: PyTree | None):
         drop = Dropout(self.config.dropout, self.train)
         mixed, cache = MIXERS[self.config.mixer](self.config, name="mixer")(
-            RMSNorm(self.config, name="mixer_norm")(x), cache
+            *RMSNorm(self.config, name="mixer_norm")(x), cache
         )
         x = _constrain(x + drop(mixed))
-        fed = FeedForward(self.config, name="ffn")(RMSNorm(self.config, name="ffn_norm")(x))
+        fed = FeedForward(self.config, name="ffn")(*RMSNorm(self.config, name="ffn_norm")(x))
         return _constrain(x + drop(fed)), cache
 
 
@@ -60,14 +61,17 @@ class LASADGen(nn.Module):
         self.class_embedding = Embedding(config, config.num_classes + 1, ("classes", "embed"))
         self.embedding_dropout = Dropout(config.dropout, self.train)
         block = Block
+        unroll = min(config.unroll or _default_unroll(config), config.num_layers)
         if config.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=_REMAT_POLICIES[config.remat])
+            # Within a loop nothing could be mistaken for a common subexpression.
+            policy = _REMAT_POLICIES[config.remat]
+            block = nn.remat(Block, prevent_cse=unroll > 1, policy=policy)
         self.blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             length=config.num_layers,
-            unroll=min(config.unroll or _default_unroll(config), config.num_layers),
+            unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, self.train)
         self.final_norm = RMSNorm(config)
@@ -88,10 +92,15 @@ class LASADGen(nn.Module):
         Returns:
           float32 logits; row i predicts tokens[:, i].
         """
-        return self._logits(self.features(tokens, labels))
+        return self._logits(*self.features(tokens, labels))
 
-    def features(self, tokens: Int[Array, "B N"], labels: Int[Array, " B"]) -> Float[Array, "B N D"]:
-        """What the head turns into logits, for losses that never hold all of them at once."""
+    def features(
+        self, tokens: Int[Array, "B N"], labels: Int[Array, " B"]
+    ) -> tuple[Float[Array, "B N D"], Float[Array, " D"]]:
+        """What the head turns into logits, and the scale of its kernel's rows.
+
+        For losses that never hold all logits at once.
+        """
         if self.train and self.config.class_dropout:
             dropped = jax.random.bernoulli(
                 self.make_rng("dropout"), self.config.class_dropout, labels.shape
@@ -110,14 +119,14 @@ class LASADGen(nn.Module):
         """
         cache = init_cache(self.config, labels.shape[0])
         x, cache = self._run(self._embed(labels, tokens), cache)
-        return self._logits(self.final_norm(x[:, -1:]))[:, 0], cache
+        return self._logits(*self.final_norm(x[:, -1:]))[:, 0], cache
 
     def decode_step(
         self, tokens: Int[Array, " B"], cache: PyTree
     ) -> tuple[Float[Array, "B V"], PyTree]:
         """Reads one code; returns the logits of the next and the new cache."""
         x, cache = self._run(self.token_embedding(tokens)[:, None], cache)
-        return self._logits(self.final_norm(x))[:, 0], cache
+        return self._logits(*self.final_norm(x))[:, 0], cache
 
     def _embed(self, labels, tokens) -> Float[Array, "B N D"]:
         prefix = self.class_embedding(labels)[:, None]
@@ -126,8 +135,8 @@ class LASADGen(nn.Module):
     def _run(self, x, cache):
         return self.blocks(_constrain(self.embedding_dropout(x)), cache)
 
-    def _logits(self, x: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
-        logits = self.head(x).astype(jnp.float32)
+    def _logits(self, x: Float[Array, "B N D"], scale: Float[Array, " D"]) -> Float[Array, "B N V"]:
+        logits = self.head(x, scale).astype(jnp.float32)
         return nn.with_logical_constraint(logits, ("batch", "tokens", "vocab"))
 
 

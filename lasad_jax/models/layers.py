@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.sizes import ffn_width
+from lasad_jax.ops.keep import keep
 
 NORM_EPSILON = 1e-5
 _ONE_HOT_UP_TO = 1024
@@ -35,12 +36,23 @@ class Linear(nn.Module):
     bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*inputs"]) -> Float[Array, "*outputs"]:
+    def __call__(
+        self, x: Float[Array, "*inputs"], scale: Float[Array, "*contracted"] | None = None
+    ) -> Float[Array, "*outputs"]:
+        """The map of x, or of x * scale.
+
+        Args:
+          x: its last axes are contracted.
+          scale: of a norm before. It multiplies the kernel's rows instead of every token;
+            its gradient then is a sum over the kernel's columns, not over all tokens.
+        """
         num_contracted = len(self.axes) - len(self.features)
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         shape = (*x.shape[-num_contracted:], *self.features)
         param_dtype, dtype = jnp.dtype(self.config.param_dtype), self.config.compute_dtype
         kernel = self.param("kernel", init, shape, param_dtype)
+        if scale is not None:
+            kernel = kernel * scale.reshape(*scale.shape, *(1,) * len(self.features))
         # As one product of two matrices: of more axes XLA would transpose whole activations in
         # memory for the kernel's gradient.
         lead, size = x.shape[: x.ndim - num_contracted], math.prod(shape[:num_contracted])
@@ -49,7 +61,7 @@ class Linear(nn.Module):
         if self.use_bias:
             init = nn.with_logical_partitioning(self.bias_init, self.axes[num_contracted:])
             y += self.param("bias", init, self.features, param_dtype).astype(dtype)
-        return y
+        return keep(y)
 
 
 class Embedding(nn.Module):
@@ -82,7 +94,7 @@ class Embedding(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, in float32.
+    """Root-mean-square norm over the last axis, its scale left to the next product.
 
     Attributes:
       config: the model.
@@ -93,14 +105,39 @@ class RMSNorm(nn.Module):
     axes: tuple[str, ...] = ("embed",)
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    def __call__(
+        self, x: Float[Array, "*batch D"]
+    ) -> tuple[Float[Array, "*batch D"], Float[Array, "*axes"]]:
+        """Returns the tokens of unit mean square, and the scale (see `Linear`)."""
         shape = x.shape[-len(self.axes) :]
         init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
         scale = self.param("scale", init, shape, jnp.dtype(self.config.param_dtype))
-        x32 = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
-        x32 *= jax.lax.rsqrt(mean_square + NORM_EPSILON)
-        return (x32 * scale).astype(self.config.compute_dtype)
+        return normalise(x.astype(self.config.compute_dtype)), scale
+
+
+@jax.custom_vjp
+def normalise(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """x / sqrt(mean(x^2) + epsilon) over the last axis, computed in float32.
+
+    The backward pass reads the result in place of x: the products after it keep it anyway.
+    """
+    return _normalise_forward(x)[0]
+
+
+def _normalise_forward(x):
+    x32 = x.astype(jnp.float32)
+    factor = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPSILON)
+    y, factor = keep(((x32 * factor).astype(x.dtype), factor))
+    return y, (y, factor)
+
+
+def _normalise_backward(residuals, d_y):
+    (y, factor), y32, d_y32 = residuals, residuals[0].astype(jnp.float32), d_y.astype(jnp.float32)
+    along = jnp.mean(y32 * d_y32, axis=-1, keepdims=True)
+    return ((factor * (d_y32 - y32 * along)).astype(y.dtype),)
+
+
+normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 class FeedForward(nn.Module):
@@ -109,9 +146,12 @@ class FeedForward(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    def __call__(
+        self, x: Float[Array, "B N D"], scale: Float[Array, " D"]
+    ) -> Float[Array, "B N D"]:
+        """Of tokens as an `RMSNorm` returns them."""
         hidden = ffn_width(self.config)
-        gate = Linear(self.config, (hidden,), ("embed", "mlp"), name="gate")(x)
-        up = Linear(self.config, (hidden,), ("embed", "mlp"), name="up")(x)
+        gate = Linear(self.config, (hidden,), ("embed", "mlp"), name="gate")(x, scale)
+        up = Linear(self.config, (hidden,), ("embed", "mlp"), name="up")(x, scale)
         down = Linear(self.config, (self.config.width,), ("mlp", "embed"), name="down")
         return down(nn.silu(gate) * up)

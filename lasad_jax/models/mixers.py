@@ -1,7 +1,8 @@
 """How tokens exchange information: LASAD, and the softmax attention it is measured against.
 
 A mixer takes a sequence from its start (`cache` None or fresh) or, with a cache, the one
-token that comes next; it returns its output and the cache after it.
+token that comes next, as an `RMSNorm` returns them; it returns its output and the cache after
+it.
 """
 
 import jax
@@ -16,8 +17,10 @@ from lasad_jax.models.layers import Linear, RMSNorm
 from lasad_jax.models.local_conv import NUM_PREFIX, LocalConv
 from lasad_jax.models.operator import linear_attention
 from lasad_jax.models.rope import rotate
+from lasad_jax.ops.keep import keep
 
 _HEADS = ("embed", "heads", "head_dim")
+_OUT = ("heads", "head_dim", "embed")
 _FAMILIES = {
     "none": ops.NoDecay,
     "sequence": ops.SequenceDecay,
@@ -62,7 +65,7 @@ class LASADMixer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], cache: LASADCache | None = None
+        self, x: Float[Array, "B N D"], scale: Float[Array, " D"], cache: LASADCache | None = None
     ) -> tuple[Float[Array, "B N D"], LASADCache | None]:
         config, num_heads = self.config, self.config.num_heads
         one_step = cache is not None and x.shape[1] == 1
@@ -70,17 +73,18 @@ class LASADMixer(nn.Module):
         recent = cache.recent if cache is not None else None
         if config.local_conv:
             x, recent = LocalConv(config, name="conv")(x, recent, index)
+            x = keep(x)
 
         keys, values = (num_heads, config.query_dim), (num_heads, config.value_dim)
-        q = nn.silu(Linear(config, keys, _HEADS, name="q")(x))
-        k = nn.silu(Linear(config, keys, _HEADS, name="k")(x))
-        v = Linear(config, values, _HEADS, name="v")(x)
-        out_gate = nn.silu(Linear(config, values, _HEADS, name="out_gate")(x))
+        q = nn.silu(Linear(config, keys, _HEADS, name="q")(x, scale))
+        k = nn.silu(Linear(config, keys, _HEADS, name="k")(x, scale))
+        v = Linear(config, values, _HEADS, name="v")(x, scale)
+        out_gate = nn.silu(Linear(config, values, _HEADS, name="out_gate")(x, scale))
         if config.rope:
             q = rotate(q, config.grid, index, prefix_scale=1.0)
             k = rotate(k, config.grid, index, prefix_scale=1.0)
         q *= config.query_dim**-0.5
-        log_gate = self._log_gate(x) if config.selective else None
+        log_gate = self._log_gate(x, scale) if config.selective else None
 
         decay, state = self._decay(), None
         if one_step:
@@ -103,11 +107,14 @@ class LASADMixer(nn.Module):
             )
             if cache is not None:
                 out, state = out
-        out = RMSNorm(config, ("heads", "head_dim"), name="norm")(out) * out_gate
-        out = Linear(config, (config.width,), ("heads", "head_dim", "embed"), name="out")(out)
+            out = keep(out)
+        out, scale = RMSNorm(config, ("heads", "head_dim"), name="norm")(out)
+        out = Linear(config, (config.width,), _OUT, name="out")(out * out_gate, scale)
         return out, None if cache is None else LASADCache(state, recent)
 
-    def _log_gate(self, x: Float[Array, "B N D"]) -> Float[Array, "B N H"]:
+    def _log_gate(
+        self, x: Float[Array, "B N D"], scale: Float[Array, " D"]
+    ) -> Float[Array, "B N H"]:
         gate = Linear(
             self.config,
             (self.config.num_heads,),
@@ -115,7 +122,7 @@ class LASADMixer(nn.Module):
             use_bias=True,
             bias_init=nn.initializers.constant(_GATE_BIAS),
             name="decay_gate",
-        )(x)
+        )(x, scale)
         return -jax.nn.softplus(gate.astype(jnp.float32))
 
     def _decay(self) -> ops.Decay:
@@ -159,11 +166,11 @@ class SoftmaxMixer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], cache: SoftmaxCache | None = None
+        self, x: Float[Array, "B N D"], scale: Float[Array, " D"], cache: SoftmaxCache | None = None
     ) -> tuple[Float[Array, "B N D"], SoftmaxCache | None]:
         config = self.config
         heads = (config.num_heads, config.value_dim)
-        q, k, v = (Linear(config, heads, _HEADS, name=name)(x) for name in ("q", "k", "v"))
+        q, k, v = (Linear(config, heads, _HEADS, name=name)(x, scale) for name in ("q", "k", "v"))
         index = 0 if cache is None else cache.index
         if config.rope:
             q = rotate(q, config.grid, index, prefix_scale=0.0)
@@ -172,6 +179,7 @@ class SoftmaxMixer(nn.Module):
             out = jax.nn.dot_product_attention(
                 q, k, v, is_causal=True, implementation=_softmax_implementation(q)
             )
+            out = keep(out)
         else:
             update = jax.lax.dynamic_update_slice_in_dim
             k = update(cache.k, k, index, axis=1)
@@ -179,7 +187,7 @@ class SoftmaxMixer(nn.Module):
             cache = SoftmaxCache(k, v, index + x.shape[1])
             seen = index + jnp.arange(x.shape[1])[:, None] >= jnp.arange(k.shape[1])
             out = jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
-        out = Linear(config, (config.width,), ("heads", "head_dim", "embed"), name="out")(out)
+        out = Linear(config, (config.width,), _OUT, name="out")(out)
         return out, cache
 
 

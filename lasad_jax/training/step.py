@@ -30,14 +30,14 @@ def make_train_step(
     accumulate, ema_decay = config.optimizer.accumulate, config.optimizer.ema_decay
 
     def loss(params, batch, key):
-        x = model.apply(
+        x, scale = model.apply(
             {"params": params},
             batch["tokens"],
             batch["labels"],
             rngs={"dropout": key},
             method="features",
         )
-        return mean_loss(x, params["head"]["kernel"], batch["tokens"])
+        return mean_loss(x, scale[:, None] * params["head"]["kernel"], batch["tokens"])
 
     def loss_and_gradient(params, batch, key):
         if accumulate == 1:
@@ -81,8 +81,11 @@ def make_eval_step(model_config: ModelConfig) -> Callable[[PyTree, Batch], tuple
     model = LASADGen(model_config)
 
     def eval_step(params: PyTree, batch: Batch) -> tuple[Array, Array]:
-        x = model.apply({"params": params}, batch["tokens"], batch["labels"], method="features")
-        losses = token_losses(x, params["head"]["kernel"], batch["tokens"]).mean(axis=-1)
+        x, scale = model.apply(
+            {"params": params}, batch["tokens"], batch["labels"], method="features"
+        )
+        kernel = scale[:, None] * params["head"]["kernel"]
+        losses = token_losses(x, kernel, batch["tokens"]).mean(axis=-1)
         return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
 
     return eval_step

@@ -108,7 +108,6 @@ def recurrence(name: str, q: Array, v: Array, *, interpret: bool = False) -> Bac
         return Backend(chunk=128, **kernels)
     # Longer chunks of wide float32 heads do not fit into shared memory.
     wide = q.dtype == jnp.float32 and q.shape[3] * v.shape[3] > 64 * 64
-    kernels["has_effects"] = interpret and name == "mosaic_gpu"
     return Backend(chunk=32 if wide else 64, segments=_segments, **kernels)
 
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from lasad_jax.ops.keep import keep
 from lasad_jax.ops.numerics import exact_parts, running_sum
 
 # In bf16 what is left after a factor of exp(-32) counts for nothing; a bound keeps b exact.
@@ -49,8 +50,6 @@ class Backend:
       segment_gradients: (q, d_o, k, v, b, num_prefix=, segments=) to the same of each segment
         but the first for the gradient of its first state, followed by arrays (B, H, Z - 1, ...)
         from which `backward` makes the prefix's gradients.
-      has_effects: whether calls have side effects, as those of JAX's interpreter for Mosaic
-        GPU, which rule out the optimization for remat.
     """
 
     chunk: int
@@ -58,7 +57,6 @@ class Backend:
     backward: Callable
     segment_states: Callable | None = None
     segment_gradients: Callable | None = None
-    has_effects: bool = False
     segments: Callable[[int, int], int] = lambda programs, chunks: 1
 
 
@@ -103,8 +101,7 @@ def fused_recurrence(
     g = jnp.moveaxis(g, 2, 1).reshape(g.shape[0], heads, num_chunks, backend.chunk)
     # Kernels read all prefix rows: those of tokens yet to come do not exist.
     call = _Call(backend, min(num_prefix, num_tokens), segments, memory is not None, return_memory)
-    recurrence = _recurrence_with_effects if backend.has_effects else _recurrence
-    return recurrence(call, q, k, v, g, memory)
+    return _recurrence(call, q, k, v, g, memory)
 
 
 def _primal(call, q, k, v, g, memory):
@@ -114,7 +111,7 @@ def _primal(call, q, k, v, g, memory):
 
 def _forward_rule(call, q, k, v, g, memory):
     out, end, states = _forward(call, q, k, v, g, memory, keep_states=True)
-    return (out, end), (q, k, v, g, states)
+    return (out, end), (q, k, v, g, keep(states))
 
 
 def _forward(call, q, k, v, g, memory, keep_states):
@@ -147,15 +144,8 @@ def _backward_rule(call, residuals, cotangents):
     return dq, dk, dv, dg, None if d_starts is None else d_starts[:, :, 0]
 
 
-def _differentiable(optimize_remat):
-    function = jax.custom_vjp(_primal, nondiff_argnums=(0,))
-    function.defvjp(_forward_rule, _backward_rule, optimize_remat=optimize_remat)
-    return function
-
-
-# Under remat the first pass then stores no states.
-_recurrence = _differentiable(optimize_remat=True)
-_recurrence_with_effects = _differentiable(optimize_remat=False)
+_recurrence = jax.custom_vjp(_primal, nondiff_argnums=(0,))
+_recurrence.defvjp(_forward_rule, _backward_rule)
 
 
 def _running_sums(g: Float32[Array, "Bg H M L"], dtype: jnp.dtype) -> Array:
