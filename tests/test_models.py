@@ -110,7 +110,7 @@ def test_the_class_reaches_every_code():
 
 def test_remat_changes_no_gradient():
     gradients = []
-    for remat in ("none", "block", "dots"):
+    for remat in ("none", "block", "cheap"):
         config, variables, tokens, labels = tiny_model(remat=remat)
         loss = lambda v, c=config, t=tokens, y=labels: jnp.sin(LASADGen(c).apply(v, t, y)).sum()
         gradients.append(jax.jit(jax.grad(loss))(variables))
@@ -200,7 +200,7 @@ def test_rms_norm_divides_by_the_root_mean_square():
 @pytest.mark.parametrize("mixer", ["lasad", "softmax"])
 def test_full_size_train_step_traces(size, mixer):
     """The ImageNet recipes, with nothing allocated."""
-    config = Config(model=ModelConfig(mixer=mixer, remat="dots", **SIZES[size]))
+    config = Config(model=ModelConfig(mixer=mixer, remat="cheap", **SIZES[size]))
     state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:1]))
     batch = {
         "tokens": jax.ShapeDtypeStruct((256, 256), jnp.int32),

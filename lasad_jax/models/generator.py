@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.dropout import Dropout
-from lasad_jax.models.layers import Embedding, FeedForward, Linear, RMSNorm
+from lasad_jax.models.layers import Embedding, FeedForward, Kernel, RMSNorm, product
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS
 from lasad_jax.ops.keep import keep_policy
 from lasad_jax.ops.kernels.choice import device
@@ -75,9 +75,8 @@ class LASADGen(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, self.train)
         self.final_norm = RMSNorm(config)
-        self.head = Linear(
-            config, (config.vocab_size,), ("embed", "vocab"), kernel_init=nn.initializers.zeros
-        )
+        shape, zeros = (config.width, config.vocab_size), nn.initializers.zeros
+        self.head = Kernel(config, shape, ("embed", "vocab"), zeros)
 
     def __call__(
         self, tokens: Int[Array, "B N"], labels: Int[Array, " B"]
@@ -92,15 +91,16 @@ class LASADGen(nn.Module):
         Returns:
           float32 logits; row i predicts tokens[:, i].
         """
-        return self._logits(*self.features(tokens, labels))
+        return self._logits(self._features(tokens, labels))
 
-    def features(
+    def before_head(
         self, tokens: Int[Array, "B N"], labels: Int[Array, " B"]
-    ) -> tuple[Float[Array, "B N D"], Float[Array, " D"]]:
-        """What the head turns into logits, and the scale of its kernel's rows.
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "D V"]]:
+        """The two factors of the logits, for losses that never hold all logits at once."""
+        x, scale = self._features(tokens, labels)
+        return x, self.head(scale)
 
-        For losses that never hold all logits at once.
-        """
+    def _features(self, tokens, labels):
         if self.train and self.config.class_dropout:
             dropped = jax.random.bernoulli(
                 self.make_rng("dropout"), self.config.class_dropout, labels.shape
@@ -119,14 +119,14 @@ class LASADGen(nn.Module):
         """
         cache = init_cache(self.config, labels.shape[0])
         x, cache = self._run(self._embed(labels, tokens), cache)
-        return self._logits(*self.final_norm(x[:, -1:]))[:, 0], cache
+        return self._logits(self.final_norm(x[:, -1:]))[:, 0], cache
 
     def decode_step(
         self, tokens: Int[Array, " B"], cache: PyTree
     ) -> tuple[Float[Array, "B V"], PyTree]:
         """Reads one code; returns the logits of the next and the new cache."""
         x, cache = self._run(self.token_embedding(tokens)[:, None], cache)
-        return self._logits(*self.final_norm(x))[:, 0], cache
+        return self._logits(self.final_norm(x))[:, 0], cache
 
     def _embed(self, labels, tokens) -> Float[Array, "B N D"]:
         prefix = self.class_embedding(labels)[:, None]
@@ -135,8 +135,9 @@ class LASADGen(nn.Module):
     def _run(self, x, cache):
         return self.blocks(_constrain(self.embedding_dropout(x)), cache)
 
-    def _logits(self, x: Float[Array, "B N D"], scale: Float[Array, " D"]) -> Float[Array, "B N V"]:
-        logits = self.head(x, scale).astype(jnp.float32)
+    def _logits(self, features) -> Float[Array, "B N V"]:
+        x, scale = features
+        logits = product(x, self.head(scale)).astype(jnp.float32)
         return nn.with_logical_constraint(logits, ("batch", "tokens", "vocab"))
 
 

@@ -1,7 +1,5 @@
 """The parts that every mixer shares: projections, norms, feed-forward."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -16,52 +14,52 @@ _ONE_HOT_UP_TO = 1024
 normal_init = nn.initializers.normal(0.02)
 
 
-class Linear(nn.Module):
-    """A linear map of the last axes. (`nn.DenseGeneral` cannot initialise under a mesh
-    where its kernel has more than two named axes.)
+class Kernel(nn.Module):
+    """The parameters of a linear map, to be used alone or joined with others of the same input.
+    (`nn.DenseGeneral` cannot initialise under a mesh where its kernel has more than two named
+    axes.)
 
     Attributes:
       config: the model.
-      features: sizes of the new axes.
-      axes: names of the kernel's axes for sharding, contracted ones first.
-      use_bias: add a bias over the new axes.
-      kernel_init, bias_init: initialisers.
+      shape: sizes of the contracted axes, then of the new ones.
+      axes: their names for sharding.
+      kernel_init: initialiser.
     """
 
     config: ModelConfig
-    features: tuple[int, ...]
+    shape: tuple[int, ...]
     axes: tuple[str, ...]
-    use_bias: bool = False
     kernel_init: nn.initializers.Initializer = normal_init
-    bias_init: nn.initializers.Initializer = nn.initializers.zeros
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "*inputs"], scale: Float[Array, "*contracted"] | None = None
-    ) -> Float[Array, "*outputs"]:
-        """The map of x, or of x * scale.
+    def __call__(self, scale: Float[Array, "*contracted"] | None = None) -> Float[Array, "*shape"]:
+        """The kernel in the dtype of computation.
 
         Args:
-          x: its last axes are contracted.
-          scale: of a norm before. It multiplies the kernel's rows instead of every token;
-            its gradient then is a sum over the kernel's columns, not over all tokens.
+          scale: of an `RMSNorm` before. It multiplies the kernel's rows instead of every
+            token; its gradient then is a sum over the kernel's columns, not over all tokens.
         """
-        num_contracted = len(self.axes) - len(self.features)
+        return self._kernel(scale)
+
+    def _kernel(self, scale):
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
-        shape = (*x.shape[-num_contracted:], *self.features)
-        param_dtype, dtype = jnp.dtype(self.config.param_dtype), self.config.compute_dtype
-        kernel = self.param("kernel", init, shape, param_dtype)
+        kernel = self.param("kernel", init, self.shape, jnp.dtype(self.config.param_dtype))
         if scale is not None:
-            kernel = kernel * scale.reshape(*scale.shape, *(1,) * len(self.features))
-        # As one product of two matrices: of more axes XLA would transpose whole activations in
-        # memory for the kernel's gradient.
-        lead, size = x.shape[: x.ndim - num_contracted], math.prod(shape[:num_contracted])
-        y = x.astype(dtype).reshape(-1, size) @ kernel.astype(dtype).reshape(size, -1)
-        y = y.reshape(*lead, *self.features)
-        if self.use_bias:
-            init = nn.with_logical_partitioning(self.bias_init, self.axes[num_contracted:])
-            y += self.param("bias", init, self.features, param_dtype).astype(dtype)
-        return keep(y)
+            kernel = kernel * scale.reshape(*scale.shape, *(1,) * (kernel.ndim - scale.ndim))
+        return kernel.astype(self.config.compute_dtype)
+
+
+def product(
+    x: Float[Array, "*lead_contracted"], kernel: Float[Array, "*contracted_features"], num: int = 1
+) -> Float[Array, "*lead_features"]:
+    """x's last `num` axes with the kernel's first, as a product of two matrices: of more axes
+    XLA would transpose whole activations in memory for the kernel's gradient."""
+    lead = x.shape[: x.ndim - num]
+    matrix = kernel.reshape(-1, *kernel.shape[num:])
+    y = jax.lax.dot_general(
+        x.astype(kernel.dtype).reshape(-1, matrix.shape[0]), matrix, (((1,), (0,)), ((), ()))
+    )
+    return keep(y.reshape(*lead, *kernel.shape[num:]))
 
 
 class Embedding(nn.Module):
@@ -150,8 +148,10 @@ class FeedForward(nn.Module):
         self, x: Float[Array, "B N D"], scale: Float[Array, " D"]
     ) -> Float[Array, "B N D"]:
         """Of tokens as an `RMSNorm` returns them."""
-        hidden = ffn_width(self.config)
-        gate = Linear(self.config, (hidden,), ("embed", "mlp"), name="gate")(x, scale)
-        up = Linear(self.config, (hidden,), ("embed", "mlp"), name="up")(x, scale)
-        down = Linear(self.config, (self.config.width,), ("mlp", "embed"), name="down")
-        return down(nn.silu(gate) * up)
+        shape, axes = (self.config.width, ffn_width(self.config)), ("embed", "mlp")
+        kernels = [Kernel(self.config, shape, axes, name=name)(scale) for name in ("gate", "up")]
+        # Side by side on an axis of their own, which leaves that of "mlp" to be split over a mesh.
+        gate_up = product(x, jnp.stack(kernels, axis=1))
+        gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
+        down = Kernel(self.config, shape[::-1], axes[::-1], name="down")()
+        return product(nn.silu(gate) * up, down)

@@ -7,13 +7,14 @@ it.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.layers import Linear, RMSNorm
+from lasad_jax.models.layers import Kernel, RMSNorm, product
 from lasad_jax.models.local_conv import NUM_PREFIX, LocalConv
 from lasad_jax.models.operator import linear_attention
 from lasad_jax.models.rope import rotate
@@ -21,6 +22,8 @@ from lasad_jax.ops.keep import keep
 
 _HEADS = ("embed", "heads", "head_dim")
 _OUT = ("heads", "head_dim", "embed")
+# Columns that the content gate's one is filled up to: rows of 16 bytes, as tensor cores read.
+_ALIGNMENT = 8
 _FAMILIES = {
     "none": ops.NoDecay,
     "sequence": ops.SequenceDecay,
@@ -58,6 +61,19 @@ def _half_life_init(longest: int):
     return nn.with_logical_partitioning(init, ("heads",))
 
 
+class DecayGate(Kernel):
+    """The parameters of the content gate, one number for each token and head."""
+
+    @nn.compact
+    def __call__(
+        self, scale: Float[Array, " D"]
+    ) -> tuple[Float[Array, "D H"], Float[Array, " H"]]:
+        """The kernel, and a bias in float32."""
+        init = nn.with_logical_partitioning(nn.initializers.constant(_GATE_BIAS), self.axes[1:])
+        bias = self.param("bias", init, self.shape[1:], jnp.dtype(self.config.param_dtype))
+        return self._kernel(scale), bias.astype(jnp.float32)
+
+
 class LASADMixer(nn.Module):
     """Gated linear attention with a decay over true grid positions."""
 
@@ -75,16 +91,12 @@ class LASADMixer(nn.Module):
             x, recent = LocalConv(config, name="conv")(x, recent, index)
             x = keep(x)
 
-        keys, values = (num_heads, config.query_dim), (num_heads, config.value_dim)
-        q = nn.silu(Linear(config, keys, _HEADS, name="q")(x, scale))
-        k = nn.silu(Linear(config, keys, _HEADS, name="k")(x, scale))
-        v = Linear(config, values, _HEADS, name="v")(x, scale)
-        out_gate = nn.silu(Linear(config, values, _HEADS, name="out_gate")(x, scale))
+        q, k, v, out_gate, log_gate = self._project(x, scale)
+        q, k, out_gate = nn.silu(q), nn.silu(k), nn.silu(out_gate)
         if config.rope:
             q = rotate(q, config.grid, index, prefix_scale=1.0)
             k = rotate(k, config.grid, index, prefix_scale=1.0)
         q *= config.query_dim**-0.5
-        log_gate = self._log_gate(x, scale) if config.selective else None
 
         decay, state = self._decay(), None
         if one_step:
@@ -109,21 +121,31 @@ class LASADMixer(nn.Module):
                 out, state = out
             out = keep(out)
         out, scale = RMSNorm(config, ("heads", "head_dim"), name="norm")(out)
-        out = Linear(config, (config.width,), _OUT, name="out")(out * out_gate, scale)
+        out = product(out * out_gate, Kernel(config, _out_shape(config), _OUT, name="out")(scale), 2)
         return out, None if cache is None else LASADCache(state, recent)
 
-    def _log_gate(
+    def _project(
         self, x: Float[Array, "B N D"], scale: Float[Array, " D"]
-    ) -> Float[Array, "B N H"]:
-        gate = Linear(
-            self.config,
-            (self.config.num_heads,),
-            ("embed", "heads"),
-            use_bias=True,
-            bias_init=nn.initializers.constant(_GATE_BIAS),
-            name="decay_gate",
-        )(x, scale)
-        return -jax.nn.softplus(gate.astype(jnp.float32))
+    ) -> tuple[Float[Array, "B N H D*"], ...]:
+        """q, k, v, the output's gate, and the log-decay of the content gate (None without one),
+        as one product."""
+        config = self.config
+        sizes = {"q": config.query_dim, "k": config.query_dim}
+        sizes |= {"v": config.value_dim, "out_gate": config.value_dim}
+        kernels = [
+            Kernel(config, (config.width, config.num_heads, size), _HEADS, name=name)(scale)
+            for name, size in sizes.items()
+        ]
+        if config.selective:
+            shape = (config.width, config.num_heads)
+            gate, bias = DecayGate(config, shape, _HEADS[:2], name="decay_gate")(scale)
+            kernels.append(jnp.pad(gate[..., None], ((0, 0), (0, 0), (0, _ALIGNMENT - 1))))
+        # Joined within each head, so that heads can still be split over a mesh.
+        y = product(x, jnp.concatenate(kernels, axis=-1))
+        *parts, rest = jnp.split(y, np.cumsum(list(sizes.values())), axis=-1)
+        if not config.selective:
+            return *parts, None
+        return *parts, -jax.nn.softplus(rest[..., 0].astype(jnp.float32) + bias)
 
     def _decay(self) -> ops.Decay:
         rows, columns = self.config.grid
@@ -169,8 +191,9 @@ class SoftmaxMixer(nn.Module):
         self, x: Float[Array, "B N D"], scale: Float[Array, " D"], cache: SoftmaxCache | None = None
     ) -> tuple[Float[Array, "B N D"], SoftmaxCache | None]:
         config = self.config
-        heads = (config.num_heads, config.value_dim)
-        q, k, v = (Linear(config, heads, _HEADS, name=name)(x, scale) for name in ("q", "k", "v"))
+        shape = (config.width, config.num_heads, config.value_dim)
+        kernels = [Kernel(config, shape, _HEADS, name=name)(scale) for name in ("q", "k", "v")]
+        q, k, v = jnp.split(product(x, jnp.concatenate(kernels, axis=-1)), 3, axis=-1)
         index = 0 if cache is None else cache.index
         if config.rope:
             q = rotate(q, config.grid, index, prefix_scale=0.0)
@@ -187,7 +210,7 @@ class SoftmaxMixer(nn.Module):
             cache = SoftmaxCache(k, v, index + x.shape[1])
             seen = index + jnp.arange(x.shape[1])[:, None] >= jnp.arange(k.shape[1])
             out = jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
-        out = Linear(config, (config.width,), _OUT, name="out")(out)
+        out = product(out, Kernel(config, _out_shape(config), _OUT, name="out")(), 2)
         return out, cache
 
 
@@ -202,6 +225,10 @@ def init_softmax_cache(config: ModelConfig, batch: int) -> SoftmaxCache:
     room = (batch, NUM_PREFIX + config.num_tokens, config.num_heads, config.value_dim)
     empty = jnp.zeros(room, config.compute_dtype)
     return SoftmaxCache(empty, empty, jnp.zeros((), jnp.int32))
+
+
+def _out_shape(config: ModelConfig) -> tuple[int, int, int]:
+    return config.num_heads, config.value_dim, config.width
 
 
 MIXERS = {"lasad": LASADMixer, "softmax": SoftmaxMixer}

@@ -30,14 +30,14 @@ def make_train_step(
     accumulate, ema_decay = config.optimizer.accumulate, config.optimizer.ema_decay
 
     def loss(params, batch, key):
-        x, scale = model.apply(
+        x, kernel = model.apply(
             {"params": params},
             batch["tokens"],
             batch["labels"],
             rngs={"dropout": key},
-            method="features",
+            method="before_head",
         )
-        return mean_loss(x, scale[:, None] * params["head"]["kernel"], batch["tokens"])
+        return mean_loss(x, kernel, batch["tokens"])
 
     def loss_and_gradient(params, batch, key):
         if accumulate == 1:
@@ -81,10 +81,9 @@ def make_eval_step(model_config: ModelConfig) -> Callable[[PyTree, Batch], tuple
     model = LASADGen(model_config)
 
     def eval_step(params: PyTree, batch: Batch) -> tuple[Array, Array]:
-        x, scale = model.apply(
-            {"params": params}, batch["tokens"], batch["labels"], method="features"
+        x, kernel = model.apply(
+            {"params": params}, batch["tokens"], batch["labels"], method="before_head"
         )
-        kernel = scale[:, None] * params["head"]["kernel"]
         losses = token_losses(x, kernel, batch["tokens"]).mean(axis=-1)
         return jnp.sum(losses * batch["mask"]), jnp.sum(batch["mask"])
 
