@@ -60,7 +60,7 @@ def forward(
     """
     tiling = tiling or _tiling(x)
     image, per_token, taps, _ = _specs(x, tiling)
-    this = functools.partial(_Program.this, x.shape, columns, num_prefix, tiling)
+    this = functools.partial(_Program.this, x, columns, num_prefix, tiling, interpret)
     return pl.pallas_call(
         functools.partial(_forward_kernel, this=this),
         grid=_programs(x, tiling),
@@ -96,7 +96,7 @@ def backward(
     """
     tiling = tiling or _tiling(x)
     image, per_token, taps, part = _specs(x, tiling)
-    this = functools.partial(_Program.this, x.shape, columns, num_prefix, tiling)
+    this = functools.partial(_Program.this, x, columns, num_prefix, tiling, interpret)
     parts = (x.shape[0], tiling.segments, *kernel.shape)
     return pl.pallas_call(
         functools.partial(_backward_kernel, this=this),
@@ -154,6 +154,7 @@ class _Program:
       num_tiles: of this program, some of which may have no tokens.
       start: its first token.
       channels: which of its channels exist; None for all.
+      interpret: whether it runs without a GPU.
     """
 
     tiling: Tiling
@@ -163,17 +164,20 @@ class _Program:
     num_tiles: int
     start: Int[Array, ""]
     channels: Bool[Array, "1 W"] | None
+    interpret: bool
 
     @classmethod
-    def this(cls, x_shape, columns: int, num_prefix: int, tiling: Tiling) -> "_Program":
-        _, num_tokens, width = x_shape
+    def this(cls, x, columns: int, num_prefix: int, tiling: Tiling, interpret: bool):
+        _, num_tokens, width = x.shape
         num_tiles = pl.cdiv(pl.cdiv(num_tokens, tiling.tokens), tiling.segments)
         start = pl.program_id(1) * num_tiles * tiling.tokens
         channels = None
         if width % tiling.channels:
             channels = pl.program_id(0) * tiling.channels + jnp.arange(tiling.channels)
             channels = (channels < width)[None]
-        return cls(tiling, num_tokens, columns, num_prefix, num_tiles, start, channels)
+        return cls(
+            tiling, num_tokens, columns, num_prefix, num_tiles, start, channels, interpret
+        )
 
     def tokens(self, tile) -> Int[Array, " T"]:
         return self.start + tile * self.tiling.tokens + jnp.arange(self.tiling.tokens)
@@ -208,6 +212,22 @@ class _Program:
         )
         return [1.0 + own, *others]
 
+    def zeros(self) -> Float[Array, "T W"]:
+        return jnp.zeros((self.tiling.tokens, self.tiling.channels), jnp.float32)
+
+    def fma(self, x, y, total) -> Float[Array, "T W"]:
+        """x * y + total, one instruction: XLA forbids Triton to make it of two, a third more."""
+        if self.interpret:
+            return x * y + total
+        (out,) = plgpu.elementwise_inline_asm(
+            "fma.rn.f32 $0, $1, $2, $3;",
+            args=[jnp.broadcast_to(z, total.shape) for z in (x, y, total)],
+            constraints="=f,f,f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(total.shape, jnp.float32)],
+        )
+        return out
+
     def store_sums(self, ref, taps: list[Float[Array, "T W"]]) -> None:
         for tap, x in enumerate(taps):
             total = jnp.sum(x, axis=0)[None]
@@ -220,35 +240,34 @@ class _Program:
 
 def _forward_kernel(x_ref, factor_ref, kernel_ref, y_ref, *, this):
     program = this()
-    weights = program.weights(kernel_ref)
+    weights, zeros = program.weights(kernel_ref), program.zeros()
 
     def one_tile(tile, _):
         tokens = program.tokens(tile)
-        terms = (
-            weight * program.load_scaled(x_ref, factor_ref, *program.neighbours(tokens, tap))
-            for tap, weight in enumerate(weights)
-        )
-        program.store(y_ref, tile, functools.reduce(jnp.add, terms))
+        y = zeros
+        for tap, weight in enumerate(weights):
+            z = program.load_scaled(x_ref, factor_ref, *program.neighbours(tokens, tap))
+            y = program.fma(weight, z, y)
+        program.store(y_ref, tile, y)
 
     lax.fori_loop(0, program.num_tiles, one_tile, None)
 
 
 def _backward_kernel(dy_ref, x_ref, factor_ref, kernel_ref, dz_ref, parts_ref, *, this):
     program = this()
-    weights = program.weights(kernel_ref)
+    weights, zeros = program.weights(kernel_ref), program.zeros()
 
     def one_tile(tile, sums):
         tokens = program.tokens(tile)
         z = program.load_scaled(x_ref, factor_ref, tokens, tokens < program.num_tokens)
-        # Of the tokens that read z: one load serves both gradients.
-        d_y = [
-            program.load(dy_ref, *program.neighbours(tokens, tap, later=True))
-            for tap in range(len(TAPS))
-        ]
-        terms = (weight * x for weight, x in zip(weights, d_y, strict=True))
-        program.store(dz_ref, tile, functools.reduce(jnp.add, terms))
-        return [total + z * x for total, x in zip(sums, d_y, strict=True)]
+        d_z, new_sums = zeros, []
+        for tap, (weight, total) in enumerate(zip(weights, sums, strict=True)):
+            # Of the tokens that read z: one load serves both gradients.
+            d_y = program.load(dy_ref, *program.neighbours(tokens, tap, later=True))
+            d_z = program.fma(weight, d_y, d_z)
+            new_sums.append(program.fma(z, d_y, total))
+        program.store(dz_ref, tile, d_z)
+        return new_sums
 
-    zeros = jnp.zeros((program.tiling.tokens, program.tiling.channels), jnp.float32)
     sums = lax.fori_loop(0, program.num_tiles, one_tile, [zeros] * len(TAPS))
     program.store_sums(parts_ref, sums)
