@@ -175,9 +175,7 @@ class _Program:
         if width % tiling.channels:
             channels = pl.program_id(0) * tiling.channels + jnp.arange(tiling.channels)
             channels = (channels < width)[None]
-        return cls(
-            tiling, num_tokens, columns, num_prefix, num_tiles, start, channels, interpret
-        )
+        return cls(tiling, num_tokens, columns, num_prefix, num_tiles, start, channels, interpret)
 
     def tokens(self, tile) -> Int[Array, " T"]:
         return self.start + tile * self.tiling.tokens + jnp.arange(self.tiling.tokens)
