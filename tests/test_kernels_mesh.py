@@ -112,7 +112,7 @@ def test_each_device_computes_its_own_part(
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_train_step_lowers_with_kernels(kind, platform, decay, call, sizes):
     """Layers under scan and remat; on a mesh under shard_map."""
-    model = ModelConfig(decay=decay, selective=decay == "raster", **SIZES["B"])
+    model = ModelConfig(decay=decay, selective=decay == "raster", unroll=1, **SIZES["B"])
     config = Config(model=model)
     state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:1]))
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)

@@ -185,3 +185,20 @@ def test_bad_input_is_refused():
             local_conv(**(good | changes))
     with on("H200"), pytest.raises(ValueError, match="not int32"):
         local_conv(x.astype(jnp.int32), None, kernel, grid=(2, 3), implementation="triton")
+
+
+def test_one_token_at_a_time_is_the_sequence():
+    """With the scale of a norm, from the start and after a part of the sequence."""
+    (x, factor, kernel), _ = cast(*inputs((3, 5), 1, 16, 16), jnp.float32)
+    conv = LocalConv(ModelConfig(grid=(3, 5), width=16, num_heads=1, dtype="float32"))
+    apply = functools.partial(jax.jit(conv.apply), {"params": {"kernel": kernel}})
+    want, nothing = apply(x, factor=factor)
+    assert nothing is None
+    for start in (1, 9):
+        ring = jnp.full((2, 6, 16), 7.0)
+        first, ring = apply(x[:, :start], ring, factor=factor[:, :start])
+        parts = [first]
+        for n in range(start, 16):
+            part, ring = apply(x[:, n : n + 1], ring, jnp.int32(n), factor[:, n : n + 1])
+            parts.append(part)
+        np.testing.assert_allclose(jnp.concatenate(parts, 1), want, atol=1e-5)
