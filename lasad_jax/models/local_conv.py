@@ -7,20 +7,11 @@ from jaxtyping import Array, Float, Int
 
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.layers import normal_init
+from lasad_jax.models.operator import mesh_axes
+from lasad_jax.ops import KERNELS
+from lasad_jax.ops.local_conv import TAPS, local_conv, neighbour
 
 NUM_PREFIX = 1
-# Rows up and columns to the right of each tap: itself, left, and the three above.
-TAPS = ((0, 0), (0, -1), (-1, -1), (-1, 0), (-1, 1))
-
-
-def _inside(place: Int[Array, " n"], grid: tuple[int, int]) -> Float[Array, "n taps"]:
-    """1 where a token's neighbour exists; prefix tokens (place < 0) have only themselves."""
-    row, column = jnp.divmod(place, grid[1])
-    inside = [
-        (row + down >= 0) & (column + right >= 0) & (column + right < grid[1]) & (place >= 0)
-        for down, right in TAPS[1:]
-    ]
-    return jnp.stack([jnp.ones_like(inside[0]), *inside], axis=-1).astype(jnp.float32)
 
 
 class LocalConv(nn.Module):
@@ -37,6 +28,7 @@ class LocalConv(nn.Module):
         x: Float[Array, "B N D"],
         recent: Float[Array, "B W D"] | None = None,
         index: Int[Array, ""] | int = 0,
+        factor: Float[Array, "B N"] | None = None,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "B W D"] | None]:
         """Convolves a sequence from its start, or one token after those in `recent`.
 
@@ -45,31 +37,47 @@ class LocalConv(nn.Module):
           recent: ring of the W = C + 1 newest inputs, slot i % W for token i; None where
             nothing will follow.
           index: number of tokens before x.
+          factor: scale of each token, as of a norm, float32; None is 1. `recent` holds tokens
+            that have been scaled.
 
         Returns:
           the convolved tokens and the ring after them.
         """
-        grid, num_tokens = self.config.grid, x.shape[1]
+        config, num_tokens = self.config, x.shape[1]
         init = nn.with_logical_partitioning(normal_init, ("taps", "embed"))
-        kernel = self.param("kernel", init, (len(TAPS), x.shape[-1]), self.config.param_dtype)
-        back = jnp.array([-down * grid[1] - right for down, right in TAPS])
-        inside = _inside(index + jnp.arange(num_tokens) - NUM_PREFIX, grid)
-        weights = (kernel * inside[..., None]).astype(x.dtype)  # (N, taps, D)
-
+        kernel = self.param("kernel", init, (len(TAPS), x.shape[-1]), config.param_dtype)
         if num_tokens == 1 and recent is not None:
-            window = recent.shape[1]
-            neighbours = jnp.take(recent, (index - back) % window, axis=1)
-            neighbours = neighbours.at[:, 0].set(x[:, 0])
-            y = x + jnp.einsum("btd,td->bd", neighbours, weights[0])[:, None]
-            slot = index % window
-            return y, jax.lax.dynamic_update_slice_in_dim(recent, x, slot, axis=1)
+            return self._one_token(_scaled(x, factor), recent, index, kernel)
 
-        y = x
-        for tap, (down, right) in enumerate(TAPS):
-            offset = -down * grid[1] - right
-            shifted = jnp.pad(x, [(0, 0), (offset, 0), (0, 0)])[:, :num_tokens]
-            y = y + shifted * weights[:, tap]
+        fused = config.implementation in ("auto", *KERNELS)
+        y = local_conv(
+            x,
+            factor,
+            kernel,
+            grid=config.grid,
+            num_prefix=NUM_PREFIX,
+            implementation="auto" if fused else "plain",
+            batch_axes=mesh_axes("batch", x.shape[0]),
+        )
         if recent is not None:
             kept = jnp.arange(max(0, num_tokens - recent.shape[1]), num_tokens)
-            recent = recent.at[:, kept % recent.shape[1]].set(x[:, kept])
+            x = _scaled(x[:, kept], None if factor is None else factor[:, kept])
+            recent = recent.at[:, kept % recent.shape[1]].set(x)
         return y, recent
+
+    def _one_token(self, x, recent, index, kernel):
+        columns, window = self.config.grid[1], recent.shape[1]
+        places = [
+            neighbour(jnp.asarray(index), tap, columns, NUM_PREFIX) for tap in range(len(TAPS))
+        ]
+        source, exists = (jnp.stack(parts) for parts in zip(*places, strict=True))
+        weights = (kernel * exists[:, None]).astype(x.dtype)
+        neighbours = jnp.take(recent, source % window, axis=1)
+        neighbours = neighbours.at[:, 0].set(x[:, 0])
+        y = x + jnp.einsum("btd,td->bd", neighbours, weights)[:, None]
+        slot = index % window
+        return y, jax.lax.dynamic_update_slice_in_dim(recent, x, slot, axis=1)
+
+
+def _scaled(x: Float[Array, "B N D"], factor: Float[Array, "B N"] | None) -> Float[Array, "B N D"]:
+    return x if factor is None else (x * factor[..., None]).astype(x.dtype)

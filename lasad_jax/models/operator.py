@@ -43,11 +43,7 @@ def linear_attention(
     if implementation not in ops.KERNELS or mesh.empty:
         return run(q, k, v, decay, log_gate=log_gate)
 
-    images, heads = nn.logical_to_mesh_axes(("batch", "heads"))
-    images, heads = (
-        axes if size % _parts(mesh, axes) == 0 else None
-        for axes, size in ((images, q.shape[0]), (heads, q.shape[2]))
-    )
+    images, heads = mesh_axes("batch", q.shape[0]), mesh_axes("heads", q.shape[2])
     tokens = PartitionSpec(images, None, heads)
     rates = jax.tree.map(lambda _: PartitionSpec(heads), decay)
     gates = None if log_gate is None else tokens
@@ -60,7 +56,13 @@ def linear_attention(
     )(q, k, v, decay, log_gate)
 
 
-def _parts(mesh: jax.sharding.AbstractMesh, axes: str | tuple[str, ...] | None) -> int:
-    """How many parts an array axis is split into."""
+def mesh_axes(name: str, size: int) -> str | tuple[str, ...] | None:
+    """Axes of the current mesh over which a logical axis of this size is split.
+
+    None without a mesh, and where the axes do not divide the size: then all have all of it.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    (axes,) = nn.logical_to_mesh_axes((name,))
     names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(mesh.shape[name] for name in names)
+    divides = not mesh.empty and size % math.prod(mesh.shape[name] for name in names) == 0
+    return axes if divides else None

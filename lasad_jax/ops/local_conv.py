@@ -1,0 +1,177 @@
+"""The causal 3x3 depthwise convolution on the grid, plain and with fused kernels.
+
+    y[n] = z[n] + sum over taps t of  kernel[t] * z[the token at tap t of n],  z = factor * x
+
+z is never stored: it, the sum and its gradients are float32 (or wider, as x is) until they are
+rounded once.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from lasad_jax.ops.kernels import choice
+
+# Rows down and columns to the right of each tap: itself, left, and the three above.
+TAPS = ((0, 0), (0, -1), (-1, -1), (-1, 0), (-1, 1))
+IMPLEMENTATIONS = ("auto", "plain", "triton")
+
+
+def neighbour(
+    tokens: Int[Array, "*n"], tap: int, columns: int, num_prefix: int, *, later: bool = False
+) -> tuple[Int[Array, "*n"], Bool[Array, "*n"]]:
+    """The token at a tap's place relative to each token, and whether there is one.
+
+    Prefix tokens have only themselves and are nobody's neighbour; nothing wraps around the end
+    of a row. Where there is none, the number means nothing.
+
+    Args:
+      tokens: their numbers in the sequence, the prefix first.
+      tap: index into `TAPS`.
+      columns: C.
+      num_prefix: P.
+      later: instead, the token that has each token at the tap's place; it may lie beyond the
+        last row.
+    """
+    if tap == 0:
+        return tokens, tokens >= 0
+    down, right = (-step if later else step for step in TAPS[tap])
+    place = tokens - num_prefix
+    column = place % columns + right
+    source = tokens + down * columns + right
+    exists = (place >= 0) & (source >= num_prefix) & (column >= 0) & (column < columns)
+    return source, exists
+
+
+def local_conv(
+    x: Float[Array, "B N D"],
+    factor: Float[Array, "B N"] | None,
+    kernel: Float[Array, "taps D"],
+    *,
+    grid: tuple[int, int],
+    num_prefix: int = 1,
+    implementation: str = "auto",
+    batch_axes: str | tuple[str, ...] | None = None,
+) -> Float[Array, "B N D"]:
+    """Convolves a sequence from its start: of prefix and grid, or the first N tokens of them.
+
+    Args:
+      x: tokens in raster order, the prefix first.
+      factor: scale of each token, as of a norm; None is 1.
+      kernel: a weight for each of `TAPS` and each channel.
+      grid: rows and columns (R, C).
+      num_prefix: P.
+      implementation: "plain", "triton" (for NVIDIA GPUs), or "auto": the latter where it can run.
+      batch_axes: axes of the current mesh, if there is one, over which images are split.
+
+    Returns:
+      y in x's dtype.
+
+    Raises:
+      ValueError: if shapes or options do not fit, or "triton" cannot run.
+    """
+    _check(x, factor, kernel, grid, num_prefix, implementation)
+    columns = grid[1]
+    obstacle = _obstacle(x)
+    if implementation == "triton" and obstacle:
+        raise ValueError(f"implementation: 'triton' cannot run here: {obstacle}; use 'auto'")
+    if implementation == "plain" or obstacle:
+        return _plain(x, factor, kernel, columns, num_prefix)
+    forward, backward = kernels(columns=columns, num_prefix=num_prefix)
+    if not jax.sharding.get_abstract_mesh().empty:
+        images, all_ = PartitionSpec(batch_axes), PartitionSpec()
+        # The parts of the kernel's gradient stay with their images: their sum, outside, is the
+        # only communication.
+        split = functools.partial(jax.shard_map, out_specs=images, check_vma=False)
+        forward = split(forward, in_specs=(images, images, all_))
+        backward = split(backward, in_specs=(images, images, images, all_))
+    return fused(x, factor, kernel, forward, backward)
+
+
+def kernels(**options) -> tuple[Callable, Callable]:
+    """The forward and backward kernel."""
+    # Imported when first used: it needs a part of Pallas that not every installation has.
+    module = importlib.import_module("lasad_jax.ops.kernels.local_conv_triton")
+    return tuple(functools.partial(way, **options) for way in (module.forward, module.backward))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def fused(
+    x: Float[Array, "B N D"],
+    factor: Float[Array, "B N"] | None,
+    kernel: Float[Array, "taps D"],
+    forward: Callable,
+    backward: Callable,
+) -> Float[Array, "B N D"]:
+    """The convolution by one kernel each way, whose contracts are in `local_conv_triton`."""
+    return forward(x, _float32(factor), _float32(kernel))
+
+
+def _fused_forward(x, factor, kernel, forward, backward):
+    return fused(x, factor, kernel, forward, backward), (x, factor, kernel)
+
+
+def _fused_backward(forward, backward, residuals, d_y):
+    x, factor, kernel = residuals
+    d_z, parts = backward(d_y, x, _float32(factor), _float32(kernel))
+    d_kernel = jnp.sum(parts, axis=(0, 1)).astype(kernel.dtype)
+    if factor is None:
+        return d_z, None, d_kernel
+    d_z = _float32(d_z)
+    d_factor = jnp.sum(d_z * x, axis=-1).astype(factor.dtype)
+    return (d_z * factor[..., None]).astype(x.dtype), d_factor, d_kernel
+
+
+fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _plain(x, factor, kernel, columns, num_prefix):
+    """The same with XLA's own operations."""
+    num_tokens, wide = x.shape[1], jnp.promote_types(x.dtype, jnp.float32)
+    z, kernel = x.astype(wide), kernel.astype(wide)
+    if factor is not None:
+        z *= factor[..., None].astype(wide)
+    tokens = jnp.arange(num_tokens)
+    y = z
+    for tap, (down, right) in enumerate(TAPS):
+        back = -down * columns - right
+        shifted = jnp.pad(z, [(0, 0), (back, 0), (0, 0)])[:, :num_tokens]
+        exists = neighbour(tokens, tap, columns, num_prefix)[1]
+        y += shifted * jnp.where(exists[:, None], kernel[tap], 0.0)
+    return y.astype(x.dtype)
+
+
+def _obstacle(x: Array) -> str | None:
+    """Why the kernels cannot take these tokens on this device; None if they can."""
+    where = choice.device()
+    if not where.is_gpu or "NVIDIA" not in where.kind:
+        return f"it needs an NVIDIA GPU, not {where.kind} ({where.platform})"
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bfloat16, float16 or float32, not {x.dtype}"
+    return None
+
+
+def _check(x, factor, kernel, grid, num_prefix, implementation):
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: {implementation!r} is not one of {IMPLEMENTATIONS}")
+    longest = num_prefix + grid[0] * grid[1]
+    if x.ndim != 3 or x.shape[1] > longest:
+        raise ValueError(
+            f"x: expected (B, N, D) with N up to {longest}, the {num_prefix} prefix tokens and "
+            f"the grid {tuple(grid)}; got {x.shape}"
+        )
+    if factor is not None and factor.shape != x.shape[:2]:
+        raise ValueError(f"factor: expected {x.shape[:2]}, one for each token; got {factor.shape}")
+    if kernel.shape != (len(TAPS), x.shape[2]):
+        raise ValueError(
+            f"kernel: expected {(len(TAPS), x.shape[2])}, taps and channels; got {kernel.shape}"
+        )
+
+
+def _float32(x: Array | None) -> Array | None:
+    return None if x is None else x.astype(jnp.float32)
