@@ -13,7 +13,7 @@ NUM_PREFIX = 1
 TAPS = ((0, 0), (0, -1), (-1, -1), (-1, 0), (-1, 1))
 
 
-def _inside(place: Int[Array, " n"], grid: tuple[int, int]) -> Float[Array, "n taps"]:
+def tap_mask(place: Int[Array, " n"], grid: tuple[int, int]) -> Float[Array, "n taps"]:
     """1 where a token's neighbour exists; prefix tokens (place < 0) have only themselves."""
     row, column = jnp.divmod(place, grid[1])
     inside = [
@@ -53,7 +53,7 @@ class LocalConv(nn.Module):
         init = nn.with_logical_partitioning(normal_init, ("taps", "embed"))
         kernel = self.param("kernel", init, (len(TAPS), x.shape[-1]), self.config.param_dtype)
         back = jnp.array([-down * grid[1] - right for down, right in TAPS])
-        inside = _inside(index + jnp.arange(num_tokens) - NUM_PREFIX, grid)
+        inside = tap_mask(index + jnp.arange(num_tokens) - NUM_PREFIX, grid)
         weights = (kernel * inside[..., None]).astype(x.dtype)  # (N, taps, D)
 
         if num_tokens == 1 and recent is not None:

@@ -18,7 +18,7 @@ from lasad_jax.models.operator import linear_attention
 from lasad_jax.models.rope import rotate
 
 _HEADS = ("embed", "heads", "head_dim")
-_FAMILIES = {
+FAMILIES = {
     "none": ops.NoDecay,
     "sequence": ops.SequenceDecay,
     "raster": ops.RasterDecay,
@@ -132,13 +132,13 @@ class LASADMixer(nn.Module):
             )
             for name, steps in longest.items()
         }
-        return _FAMILIES[self.config.decay](**rates)
+        return FAMILIES[self.config.decay](**rates)
 
 
 def init_lasad_cache(config: ModelConfig, batch: int) -> LASADCache:
     """The cache before any token."""
     state = ops.init_state(
-        _FAMILIES[config.decay],
+        FAMILIES[config.decay],
         batch=batch,
         num_heads=config.num_heads,
         key_dim=config.query_dim,
