@@ -165,7 +165,8 @@ def norm_conv(
     padded = pl.next_power_of_2(width)
 
     def body(index_ref, recent_ref, x_ref, scale_ref, taps_ref, y_ref, new_ref):
-        exists = jnp.arange(padded) < width
+        channel = jnp.arange(padded)
+        exists = channel < width
         load = lambda ref: plgpu.load(ref, mask=exists, other=0.0).astype(jnp.float32)
         index = index_ref[0]
         row, column = (index - 1) // columns, (index - 1) % columns
@@ -173,12 +174,12 @@ def norm_conv(
         x *= lax.rsqrt(jnp.sum(x * x, axis=0) / width + epsilon)
         x = (x * load(scale_ref.at[:])).astype(recent_ref.dtype)
         y = x.astype(jnp.float32)
-        y += y * load(taps_ref.at[0])
+        y += y * load(taps_ref.at[channel])
         for tap, (down, right) in enumerate(offsets[1:], start=1):
             inside = (row + down >= 0) & (column + right >= 0) & (column + right < columns)
             slot = (index + window + down * columns + right) % window
             neighbour = jnp.where(inside, load(recent_ref.at[slot]), 0.0)
-            y += neighbour * load(taps_ref.at[tap])
+            y += neighbour * load(taps_ref.at[tap * width + channel])
         plgpu.store(y_ref.at[:], y.astype(y_ref.dtype), mask=exists)
         if not interpret:
             # The oldest neighbour lies where the newest will.
@@ -195,7 +196,7 @@ def norm_conv(
             ring,
             one,
             pl.BlockSpec((padded,), lambda b: (0,)),
-            pl.BlockSpec((len(offsets), padded), lambda b: (0, 0)),
+            pl.BlockSpec((taps.size,), lambda b: (0,)),
         ),
         out_specs=(one, ring),
         out_shape=(
@@ -206,7 +207,7 @@ def norm_conv(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="decode_norm_conv",
-    )(index[None], recent, x, scale, taps)
+    )(index[None], recent, x, scale, taps.reshape(-1))
 
 
 def _at_head(num_more: int):
