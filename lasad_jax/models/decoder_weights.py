@@ -1,5 +1,7 @@
 """The generator's parameters as decoding wants them: cast, fused and split by layer once."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -123,5 +125,5 @@ def _layer(config: ModelConfig, params: PyTree, matrix, exact) -> LayerWeights:
 def decay_of(config: ModelConfig, mixer: PyTree) -> ops.Decay:
     """The decay with the rates that the parameters of a mixer hold."""
     family = FAMILIES[config.decay]
-    names = family.__dataclass_fields__
-    return family(**{name: jax.nn.softplus(jnp.asarray(mixer[name], jnp.float32)) for name in names})
+    rate = lambda name: jax.nn.softplus(jnp.asarray(mixer[name], jnp.float32))
+    return family(**{field.name: rate(field.name) for field in dataclasses.fields(family)})
