@@ -16,6 +16,7 @@ from test_models import tiny_model
 
 from lasad_jax.config import MeshConfig, SamplingConfig
 from lasad_jax.models import LASADGen
+from lasad_jax.models.decoder import prepare
 from lasad_jax.sampling.decode import balanced_labels, sample_tokens
 from lasad_jax.sampling.filters import draw, keep_top_k, keep_top_p
 from lasad_jax.sampling.guidance import guidance_scale, guide
@@ -159,8 +160,9 @@ def test_decoding_memory_does_not_grow_with_length():
     def temporary(rows):
         config, variables, _, _ = tiny_model()
         config = dataclasses.replace(config, grid=(rows, 5))
-        args = (variables["params"], jnp.zeros(2, int), jax.random.split(jax.random.key(0), 2))
-        lowered = jax.jit(generate, static_argnums=(0, 5)).lower(
+        params, keys = variables["params"], jax.random.split(jax.random.key(0), 2)
+        args = (params, prepare(config, params), jnp.zeros(2, int), keys)
+        lowered = jax.jit(generate, static_argnums=(0, 6)).lower(
             config, *args, jnp.zeros((2, 0), jnp.int32), SamplingConfig()
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes

@@ -24,7 +24,7 @@ _HEADS = ("embed", "heads", "head_dim")
 _OUT = ("heads", "head_dim", "embed")
 # Columns that the content gate's one is filled up to: rows of 16 bytes, as tensor cores read.
 _ALIGNMENT = 8
-_FAMILIES = {
+FAMILIES = {
     "none": ops.NoDecay,
     "sequence": ops.SequenceDecay,
     "raster": ops.RasterDecay,
@@ -161,13 +161,13 @@ class LASADMixer(nn.Module):
             )
             for name, steps in longest.items()
         }
-        return _FAMILIES[self.config.decay](**rates)
+        return FAMILIES[self.config.decay](**rates)
 
 
 def init_lasad_cache(config: ModelConfig, batch: int) -> LASADCache:
     """The cache before any token."""
     state = ops.init_state(
-        _FAMILIES[config.decay],
+        FAMILIES[config.decay],
         batch=batch,
         num_heads=config.num_heads,
         key_dim=config.query_dim,
