@@ -168,7 +168,7 @@ def sample_batches(
 
 def _batch_rows(mesh: Mesh, batch_size: int, num: int) -> int:
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    return -(-min(batch_size, num) // parts) * parts
+    return -(-min(batch_size, max(num, 1)) // parts) * parts
 
 
 def _check(config: ModelConfig, labels: np.ndarray, given: np.ndarray) -> None:
