@@ -106,9 +106,11 @@ class Job:
         """Which parts are not there, whole and undamaged."""
         return np.array([not self._is_whole(part) for part in range(len(self.parts()))])
 
-    def write_part(self, numbers: Int[np.ndarray, " b"], images: UInt8[np.ndarray, "b h w C"]):
+    def write_part(
+        self, numbers: Int[np.ndarray, " b"], images: UInt8[np.ndarray, "b h w C"]
+    ) -> None:
         """Keeps the images of a part; its file appears whole or not at all."""
-        path = self.part_file(numbers[0] // self.batch_size)
+        path = self.part_file(int(numbers[0]) // self.batch_size)
         write_npz(path, [images], self.labels[numbers], comment=self._comment())
 
     def read_part(self, part: int) -> UInt8[np.ndarray, "b h w C"]:
@@ -130,7 +132,7 @@ class Job:
     def read_images(self, numbers: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n h w C"]:
         """Some images, by number, of parts that are all there."""
         images = {}
-        for part in np.unique(numbers // self.batch_size):
+        for part in np.unique(numbers // self.batch_size).tolist():
             of_part = self.read_part(part)
             here = numbers[numbers // self.batch_size == part]
             images |= {number: of_part[number - part * self.batch_size] for number in here}
