@@ -51,6 +51,7 @@ def _largest_threshold(
     """
     ordered = _to_ordered(logits.astype(jnp.float32))
     threshold = jnp.zeros_like(ordered[..., :1])
+    # Not a loop in the compiled program, where XLA launches twice as much on a GPU.
     for shift in range(32 - _BITS, -1, -_BITS):
         tried = [threshold | np.uint32(digit << shift) for digit in range(1, 2**_BITS)]
         # What is enough for a threshold is so for all below: their number is the digit.

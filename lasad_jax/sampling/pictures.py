@@ -1,10 +1,10 @@
 """Samples as files: a labelled picture to look at, an .npz to compute with."""
 
+import io
 import math
 import os
 import zipfile
 from collections.abc import Iterable, Sequence
-from typing import IO
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -140,12 +140,12 @@ def read_comment(path: str | os.PathLike) -> str:
         return ""
 
 
-def _member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+def _member(archive: zipfile.ZipFile, name: str) -> io.BufferedIOBase:
     # ZipInfo has a date of its own, where a bare name takes the time of day.
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
-def _write_header(file: IO[bytes], dtype: np.dtype, shape: tuple[int, ...]) -> None:
+def _write_header(file: io.BufferedIOBase, dtype: np.dtype, shape: tuple[int, ...]) -> None:
     descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
     header = {"descr": descr, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
