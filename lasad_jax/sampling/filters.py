@@ -20,7 +20,7 @@ _BITS = 2
 
 
 def keep_top_k(logits: Float[Array, "*B V"], k: int) -> Float[Array, "*B V"]:
-    """-inf for all but the k largest (ties with the k-th stay); exact for float32."""
+    """-inf for all but the k largest (ties with the k-th stay); exact for normal float32."""
     count = lambda above: jnp.sum(above, axis=-1, keepdims=True)
     threshold = _largest_threshold(logits, lambda above: count(above) >= k)
     return jnp.where(logits < threshold, -jnp.inf, logits)

@@ -117,7 +117,7 @@ def write_npz(
                 _check_images(images)
                 if shape is None:
                     shape = images.shape[1:]
-                    _write_header(file, np.uint8, (len(labels), *shape))
+                    _write_header(file, images.dtype, (len(labels), *shape))
                 if images.shape[1:] != shape:
                     raise ValueError(
                         f"images must be of one shape, got {shape}, {images.shape[1:]}"
@@ -146,7 +146,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> io.BufferedIOBase:
 
 
 def _write_header(file: io.BufferedIOBase, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-    descr = np.lib.format.dtype_to_descr(np.dtype(dtype))
+    descr = np.lib.format.dtype_to_descr(dtype)
     header = {"descr": descr, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(file, header)
 
