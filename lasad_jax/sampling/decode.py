@@ -1,6 +1,7 @@
 """The decoding loop: one compiled scan over tokens, its memory independent of their number."""
 
 import functools
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,6 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
-from tqdm import tqdm
 
 from lasad_jax.config import SamplingConfig
 from lasad_jax.models import decoder
@@ -119,22 +119,57 @@ def sample_tokens(
     mesh: Mesh,
     batch_size: int = 128,
     given: Int[np.ndarray, "num n"] | None = None,
-    progress: bool = False,
 ) -> Int[np.ndarray, "num N"]:
     """Draws any number of images in batches over all devices.
 
-    Image number i depends on (seed, i) and its label alone: in float32 the same for any
-    batch size and any number of devices.
+    Arguments, errors and what an image depends on are those of `sample_batches`, which gives
+    the images as they come.
+    """
+    size = _batch_rows(mesh, batch_size, len(labels))
+    batches = [np.arange(len(labels))[i : i + size] for i in range(0, len(labels), size)]
+    drawn = sample_batches(
+        model_config,
+        params,
+        labels,
+        batches,
+        sampling=sampling,
+        seed=seed,
+        mesh=mesh,
+        batch_size=size,
+        given=given,
+    )
+    return np.concatenate([tokens for _, tokens in drawn])
+
+
+def sample_batches(
+    model_config: ModelConfig,
+    params: PyTree,
+    labels: Int[np.ndarray, " num"],
+    batches: Iterable[Int[np.ndarray, " b"]],
+    *,
+    sampling: SamplingConfig,
+    seed: int,
+    mesh: Mesh,
+    batch_size: int = 128,
+    given: Int[np.ndarray, "num n"] | None = None,
+) -> Iterator[tuple[Int[np.ndarray, " b"], Int[np.ndarray, "b N"]]]:
+    """Draws some of `num` images, batch by batch over all devices.
+
+    Image number i depends on (seed, i), its label and its given codes alone: in float32 the
+    same for any batches and any number of devices.
 
     Args:
       model_config, params: the generator.
-      labels: class of each image; num_classes for none.
+      labels: class of each of all images; num_classes for none.
+      batches: numbers of the images to draw, at most batch_size at a time.
       sampling: guidance and filters.
       seed: of all images.
       mesh: the devices; each has all parameters and an equal part of every batch.
-      batch_size: images at a time, rounded up to a multiple of the devices.
-      given: the first n codes of each image.
-      progress: show a bar.
+      batch_size: images at a time; computed are as many as the devices share evenly.
+      given: the first n codes of each of all images.
+
+    Returns:
+      an iterator of each batch's numbers and its images' codes, in every process.
 
     Raises:
       ValueError: for a label or given code out of range.
@@ -142,23 +177,27 @@ def sample_tokens(
     labels = np.asarray(labels, np.int32)
     given = np.zeros((len(labels), 0), np.int32) if given is None else np.asarray(given, np.int32)
     _check(model_config, labels, given)
-    size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
+    size = _batch_rows(mesh, batch_size, len(labels))
     rows, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), replicated(mesh)
     params = jax.device_put(params, whole)
     weights = _prepare(model_config, params)
     base_key = jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), whole)
-    out = []
-    for start in tqdm(range(0, len(labels), size), unit="batch", disable=not progress):
-        # The last batch is filled up with repeats: one shape, one compilation.
-        numbers = np.arange(start, start + size)
-        source = np.minimum(numbers, len(labels) - 1)
-        of_images = jax.device_put((labels[source], numbers, given[source]), rows)
+
+    def draw_batch(numbers):
+        # Filled up with repeats: one shape, one compilation.
+        filled = np.pad(numbers, (0, size - len(numbers)), mode="edge")
+        of_images = jax.device_put((labels[filled], filled, given[filled]), rows)
         tokens = _generate_everywhere(
             model_config, sampling, mesh, params, weights, base_key, *of_images
         )
         tokens = jax.device_put(tokens, whole)
-        out.append(np.asarray(tokens)[: len(labels) - start])
-    return np.concatenate(out)
+        return numbers, np.asarray(tokens)[: len(numbers)]
+
+    return map(draw_batch, batches)
+
+
+def _batch_rows(mesh: Mesh, batch_size: int, num: int) -> int:
+    return -(-min(batch_size, max(num, 1)) // mesh.size) * mesh.size
 
 
 def _check(config: ModelConfig, labels: np.ndarray, given: np.ndarray) -> None:
