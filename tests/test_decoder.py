@@ -195,7 +195,6 @@ def test_mix_kernel_is_the_plain_form(changes, dtype):
             p,
             i,
             log_factor=layer.log_factor,
-            head_norm=layer.head_norm,
             turns=weights.turns,
             gate_bias=layer.gate_bias,
             epsilon=NORM_EPSILON,
@@ -233,7 +232,6 @@ def test_norm_conv_kernel_is_the_plain_form(grid, dtype):
     kernel = quick_jit(
         lambda *args: decode_triton.norm_conv(
             *args,
-            scale=layer.mixer_norm,
             taps=layer.conv,
             offsets=TAPS,
             columns=grid[1],

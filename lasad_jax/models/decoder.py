@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.decoder_weights import LayerWeights, Weights, prepare
-from lasad_jax.models.layers import NORM_EPSILON
+from lasad_jax.models.layers import NORM_EPSILON, normalise
 from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.models.mixers import FAMILIES
 from lasad_jax.models.rope import turn
@@ -130,8 +130,8 @@ def decode(
         mixed, remembered = mixer(config, weights, layer, x, remembered, cache.index)
         layers.append(remembered)
         x = project_add(mixed, layer.out, x)
-        x = project_add(swiglu(_norm(x, layer.ffn_norm), layer.gate_up), layer.down, x)
-    logits = project(_norm(x, weights.final_norm), weights.head)
+        x = project_add(swiglu(normalise(x), layer.gate_up), layer.down, x)
+    logits = project(normalise(x), weights.head)
     return logits.astype(jnp.float32), Cache(cache.index + 1, tuple(layers))
 
 
@@ -170,7 +170,6 @@ def _lasad(form, config, weights, layer, x, cache, index):
             projection,
             index,
             log_factor=layer.log_factor,
-            head_norm=layer.head_norm,
             turns=weights.turns,
             gate_bias=layer.gate_bias,
             epsilon=NORM_EPSILON,
@@ -182,7 +181,7 @@ def _lasad(form, config, weights, layer, x, cache, index):
 
 def _norm_conv(form, config, layer, x, recent, index):
     if recent is None:
-        return _norm(x, layer.mixer_norm), None
+        return normalise(x), None
     if form == "triton":
         from lasad_jax.ops.kernels import decode_triton
 
@@ -190,7 +189,6 @@ def _norm_conv(form, config, layer, x, recent, index):
             x,
             recent,
             index,
-            scale=layer.mixer_norm,
             taps=layer.conv,
             offsets=TAPS,
             columns=config.grid[1],
@@ -207,7 +205,7 @@ def norm_conv(
     index: Int[Array, ""],
 ) -> tuple[Float[Array, "B D"], Float[Array, "B W D"]]:
     """RMSNorm, then the local convolution of one token, and the ring of its newest inputs."""
-    x = _norm(x, layer.mixer_norm)
+    x = normalise(x)
     window, columns = recent.shape[1], config.grid[1]
     places = [neighbour(index, tap, columns, NUM_PREFIX) for tap in range(len(TAPS))]
     source, exists = (jnp.stack(parts) for parts in zip(*places, strict=True))
@@ -242,11 +240,11 @@ def mix(
         out, state = ring_step(state, q, k, v, g, place)
     else:
         out, state = ops.step(state, q, k, v, layer.decay, grid=config.grid)
-    return _norm(out, layer.head_norm) * out_gate, state
+    return normalise(out) * out_gate, state
 
 
 def _softmax(config, weights, layer, x, cache, index):
-    projection = project(_norm(x, layer.mixer_norm), layer.projection)
+    projection = project(normalise(x), layer.projection)
     q, k, v = _split_heads(config, projection, 3)
     if config.rope:
         q, k = turn(q, weights.turns[index]), turn(k, weights.turns[index])
@@ -266,8 +264,3 @@ def _split_heads(config, projection, num_parts):
     ends = [sum(sizes[: i + 1]) for i in range(num_parts - 1)]
     return jnp.split(heads, ends, axis=-1)
 
-
-def _norm(x: Float[Array, "*batch D"], scale: Float[Array, "*H D"]) -> Float[Array, "*batch D"]:
-    x32 = x.astype(jnp.float32)
-    x32 *= jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPSILON)
-    return (x32 * scale).astype(x.dtype)

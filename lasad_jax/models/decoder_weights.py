@@ -19,29 +19,25 @@ _COLUMNS = 64
 
 @struct.dataclass
 class LayerWeights:
-    """One layer. Matrices are in the compute dtype, all else in float32.
+    """One layer. Matrices are in the compute dtype, all else in float32. The scale of each norm
+    is in the rows of the matrix that follows it.
 
     Attributes:
-      mixer_norm, ffn_norm: scales.
       conv: taps of the local convolution, in the compute dtype.
       projection: to [q | k | v | out_gate] of one head after the other, then the decay
         gates of all heads, then columns of zeros; for softmax to [q | k | v] of each head.
       gate_bias: bias of the decay gates.
       decay: LASAD's rates.
       log_factor: the log-factor of the step to each place, where the decay is a recurrence.
-      head_norm: scale of the norm of each head.
       out, gate_up, down: output projection; gate beside up, and down, of the feed-forward.
     """
 
-    mixer_norm: Float[Array, " D"]
     conv: Float[Array, "taps D"] | None
     projection: Float[Array, "D columns"]
     gate_bias: Float[Array, " H"] | None
     decay: ops.Decay | None
     log_factor: Float[Array, "places H"] | None
-    head_norm: Float[Array, "H Dv"] | None
     out: Float[Array, "H*Dv D"]
-    ffn_norm: Float[Array, " D"]
     gate_up: Float[Array, "D 2*F"]
     down: Float[Array, "F D"]
 
@@ -55,13 +51,12 @@ class Weights:
       turns: for each token, prefix included, what RoPE multiplies a head by and what it
         multiplies its swapped pairs by: (cos, cos) and (-sin, sin).
       layers: one after the other.
-      final_norm, head: the way to the logits.
+      head: the way to the logits, the last norm's scale included.
     """
 
     embedding: Float[Array, "V D"]
     turns: Float[Array, "tokens 2 Dk"] | None
     layers: tuple[LayerWeights, ...]
-    final_norm: Float[Array, " D"]
     head: Float[Array, "D V"]
 
 
@@ -83,8 +78,7 @@ def prepare(config: ModelConfig, params: PyTree) -> Weights:
         embedding=matrix(params["token_embedding"]["embedding"]),
         turns=turns,
         layers=layers,
-        final_norm=exact(params["final_norm"]["scale"]),
-        head=matrix(params["head"]["kernel"]),
+        head=matrix(params["final_norm"]["scale"][:, None] * params["head"]["kernel"]),
     )
 
 
@@ -92,11 +86,17 @@ def _layer(config: ModelConfig, params: PyTree, matrix, exact) -> LayerWeights:
     mixer, ffn = params["mixer"], params["ffn"]
     lasad = config.mixer == "lasad"
     names = ("q", "k", "v", "out_gate") if lasad else ("q", "k", "v")
-    per_head = jnp.concatenate([matrix(mixer[name]["kernel"]) for name in names], axis=2)
+
+    def kernel(module, norm):
+        rows = module["kernel"]
+        scale = params[norm]["scale"]
+        return matrix(rows * scale.reshape(-1, *(1,) * (rows.ndim - 1)))
+
+    per_head = jnp.concatenate([kernel(mixer[name], "mixer_norm") for name in names], axis=2)
     columns = [per_head.reshape(config.width, -1)]
     gate = mixer.get("decay_gate")
     if gate is not None:
-        columns.append(matrix(gate["kernel"]))
+        columns.append(kernel(gate, "mixer_norm"))
         missing = -sum(x.shape[1] for x in columns) % _COLUMNS
         columns.append(jnp.zeros((config.width, missing), config.compute_dtype))
 
@@ -107,17 +107,17 @@ def _layer(config: ModelConfig, params: PyTree, matrix, exact) -> LayerWeights:
             places = jnp.arange(config.num_tokens)
             log_factor = decay.step_log_factor(places, config.grid)
             log_factor = jnp.broadcast_to(log_factor, (len(places), config.num_heads))
+    out = mixer["out"]["kernel"]
+    if lasad:
+        out = out * mixer["norm"]["scale"][..., None]
     return LayerWeights(
-        mixer_norm=exact(params["mixer_norm"]["scale"]),
         conv=matrix(mixer["conv"]["kernel"]) if "conv" in mixer else None,
         projection=jnp.concatenate(columns, axis=1),
         gate_bias=None if gate is None else exact(gate["bias"]),
         decay=decay,
         log_factor=log_factor,
-        head_norm=exact(mixer["norm"]["scale"]) if lasad else None,
-        out=matrix(mixer["out"]["kernel"]).reshape(-1, config.width),
-        ffn_norm=exact(params["ffn_norm"]["scale"]),
-        gate_up=jnp.concatenate([matrix(ffn[name]["kernel"]) for name in ("gate", "up")], axis=1),
+        out=matrix(out).reshape(-1, config.width),
+        gate_up=jnp.concatenate([kernel(ffn[name], "ffn_norm") for name in ("gate", "up")], axis=1),
         down=matrix(ffn["down"]["kernel"]),
     )
 

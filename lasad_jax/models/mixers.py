@@ -65,9 +65,7 @@ class DecayGate(Kernel):
     """The parameters of the content gate, one number for each token and head."""
 
     @nn.compact
-    def __call__(
-        self, scale: Float[Array, " D"]
-    ) -> tuple[Float[Array, "D H"], Float[Array, " H"]]:
+    def __call__(self, scale: Float[Array, " D"]) -> tuple[Float[Array, "D H"], Float[Array, " H"]]:
         """The kernel, and a bias in float32."""
         init = nn.with_logical_partitioning(nn.initializers.constant(_GATE_BIAS), self.axes[1:])
         bias = self.param("bias", init, self.shape[1:], jnp.dtype(self.config.param_dtype))
@@ -83,7 +81,7 @@ class LASADMixer(nn.Module):
     def __call__(
         self, x: Float[Array, "B N D"], scale: Float[Array, " D"], cache: LASADCache | None = None
     ) -> tuple[Float[Array, "B N D"], LASADCache | None]:
-        config, num_heads = self.config, self.config.num_heads
+        config = self.config
         one_step = cache is not None and x.shape[1] == 1
         index = cache.state.index if one_step else 0
         recent = cache.recent if cache is not None else None
@@ -121,7 +119,9 @@ class LASADMixer(nn.Module):
                 out, state = out
             out = keep(out)
         out, scale = RMSNorm(config, ("heads", "head_dim"), name="norm")(out)
-        out = product(out * out_gate, Kernel(config, _out_shape(config), _OUT, name="out")(scale), 2)
+        out = product(
+            out * out_gate, Kernel(config, _out_shape(config), _OUT, name="out")(scale), 2
+        )
         return out, None if cache is None else LASADCache(state, recent)
 
     def _project(

@@ -7,7 +7,6 @@ only inside the kernels that reduce them.
 
 import math
 
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int

@@ -21,7 +21,6 @@ def mix(
     index: Int[Array, ""],
     *,
     log_factor: Float[Array, "places H"],
-    head_norm: Float[Array, "H Dv"],
     turns: Float[Array, "tokens 2 Dk"] | None,
     gate_bias: Float[Array, " H"] | None,
     epsilon: float,
@@ -34,9 +33,9 @@ def mix(
       projection: [q | k | v | out_gate] of one head after the other, then the decay gates.
       index: number of tokens before this one, the one prefix token included.
       log_factor: log-factor of the step to each place, without the content gate.
-      head_norm: scale of the RMSNorm of each head; epsilon is its constant.
       turns: for each token, what RoPE multiplies a head and its swapped pairs by.
       gate_bias: bias of the decay gates; None for no gate.
+      epsilon: of the RMSNorm of each head, whose scale is left to the next product.
 
     Raises:
       ValueError: if Dk or Dv is not a power of two of at least 16.
@@ -48,11 +47,11 @@ def mix(
     per_head = lambda x: pl.BlockSpec((None, None, *x.shape[2:]), _at_head(x.ndim - 2))
     whole = lambda x: pl.BlockSpec(x.shape, lambda b, h: (0,) * x.ndim)
     out = jax.ShapeDtypeStruct((batch, num_heads, value_dim), projection.dtype)
-    tables = (log_factor, head_norm, turns, gate_bias)
+    tables = (log_factor, turns, gate_bias)
     dot = product(ring.recent_k.dtype, interpret)
 
     def body(index_ref, ring_ref, projection_ref, table_refs, out_ref, new_ref):
-        log_factor_ref, norm_ref, turns_ref, bias_ref = table_refs
+        log_factor_ref, turns_ref, bias_ref = table_refs
         h, index = pl.program_id(1), index_ref[0]
         place = index - 1
         slot = 1 + place % NUM_RECENT
@@ -100,7 +99,7 @@ def mix(
         x += of_memory * jnp.sum(q[:, None] * memory, axis=0)
         x = rounded(x)
         x *= lax.rsqrt(jnp.sum(x * x, axis=0) / value_dim + epsilon)
-        out_ref[:] = (rounded(x * norm_ref[h]) * gate).astype(dtype)
+        out_ref[:] = (rounded(x) * gate).astype(dtype)
 
         if not interpret:
             # No thread may write what another is still to read.
@@ -142,7 +141,6 @@ def norm_conv(
     recent: Float[Array, "B W D"],
     index: Int[Array, ""],
     *,
-    scale: Float[Array, " D"],
     taps: Float[Array, "taps D"],
     offsets: tuple[tuple[int, int], ...],
     columns: int,
@@ -155,16 +153,16 @@ def norm_conv(
       x: a token after `index` others, the one prefix token included.
       recent: ring of the newest inputs of the convolution, slot i % W for token i; updated
         in place.
-      scale: of the norm; epsilon is its constant.
       taps: a weight per channel for each of `offsets`, (rows down, columns right) of the
         neighbour, of which the first is the token itself.
       columns: C.
+      epsilon: of the norm, whose scale is left to the next product.
     """
     batch, width = x.shape
     window = recent.shape[1]
     padded = pl.next_power_of_2(width)
 
-    def body(index_ref, recent_ref, x_ref, scale_ref, taps_ref, y_ref, new_ref):
+    def body(index_ref, recent_ref, x_ref, taps_ref, y_ref, new_ref):
         channel = jnp.arange(padded)
         exists = channel < width
         load = lambda ref: plgpu.load(ref, mask=exists, other=0.0).astype(jnp.float32)
@@ -172,7 +170,7 @@ def norm_conv(
         row, column = (index - 1) // columns, (index - 1) % columns
         x = load(x_ref.at[:])
         x *= lax.rsqrt(jnp.sum(x * x, axis=0) / width + epsilon)
-        x = (x * load(scale_ref.at[:])).astype(recent_ref.dtype)
+        x = x.astype(recent_ref.dtype)
         y = x.astype(jnp.float32)
         y += y * load(taps_ref.at[channel])
         for tap, (down, right) in enumerate(offsets[1:], start=1):
@@ -195,7 +193,6 @@ def norm_conv(
             pl.BlockSpec((1,), lambda b: (0,)),
             ring,
             one,
-            pl.BlockSpec((padded,), lambda b: (0,)),
             pl.BlockSpec((taps.size,), lambda b: (0,)),
         ),
         out_specs=(one, ring),
@@ -207,7 +204,7 @@ def norm_conv(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="decode_norm_conv",
-    )(index[None], recent, x, scale, taps.reshape(-1))
+    )(index[None], recent, x, taps.reshape(-1))
 
 
 def _at_head(num_more: int):
