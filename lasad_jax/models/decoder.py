@@ -263,4 +263,3 @@ def _split_heads(config, projection, num_parts):
     heads = projection[..., : config.num_heads * width].reshape(*lead, config.num_heads, width)
     ends = [sum(sizes[: i + 1]) for i in range(num_parts - 1)]
     return jnp.split(heads, ends, axis=-1)
-

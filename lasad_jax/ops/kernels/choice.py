@@ -19,6 +19,8 @@ KERNELS = ("mosaic_gpu", "triton", "mosaic_tpu")
 # Grid tokens up to which `manhattan`'s kernels, quadratic in N, take the whole sequence;
 # beyond, they take blocks of the linear form.
 LONGEST_MANHATTAN = 4096
+# Implementations of elementwise passes.
+PASSES = ("auto", "plain", "triton")
 _HOPPER = re.compile(r"\bG?H\d+")
 _WIDTHS = (16, 32, 64, 128)
 # Two programs on each multiprocessor of a Hopper GPU, and the shortest segment worth a pass
@@ -89,6 +91,35 @@ def _obstacle_on_hopper(
     if q.shape[1] % 8 or q.shape[1] < 64:
         return f"it takes a multiple of 8 tokens, at least 64, not {q.shape[1]}"
     return None
+
+
+def triton_obstacle(x: Array) -> str | None:
+    """Why elementwise Triton kernels cannot take x on this device; None if they can."""
+    where = device()
+    if not where.is_gpu or "NVIDIA" not in where.kind:
+        return f"it needs an NVIDIA GPU, not {where.kind} ({where.platform})"
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bfloat16, float16 or float32, not {x.dtype}"
+    return None
+
+
+def prefers_triton(x: Array, implementation: str) -> bool:
+    """Whether an elementwise pass over x runs as Triton kernels.
+
+    Args:
+      x: what is read.
+      implementation: of `PASSES`: "plain", "triton", or "auto", which is the latter where it
+        can run.
+
+    Raises:
+      ValueError: for an unknown implementation, or saying why "triton" cannot run.
+    """
+    if implementation not in PASSES:
+        raise ValueError(f"implementation: {implementation!r} is not one of {PASSES}")
+    obstacle = triton_obstacle(x)
+    if implementation == "triton" and obstacle:
+        raise ValueError(f"implementation: 'triton' cannot run here: {obstacle}; use 'auto'")
+    return implementation != "plain" and obstacle is None
 
 
 def recurrence(name: str, q: Array, v: Array, *, interpret: bool = False) -> Backend:
