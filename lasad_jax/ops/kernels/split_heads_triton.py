@@ -16,6 +16,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from lasad_jax.ops.split_heads import Heads
 
+# 1 / (1 + 2^(-x / log 2)), small results flushed to 0.
+_SIGMOID = """{
+    .reg .f32 t;
+    mul.ftz.f32 t, $1, 0fBFB8AA3B;
+    ex2.approx.ftz.f32 t, t;
+    add.ftz.f32 t, t, 0f3F800000;
+    rcp.approx.ftz.f32 $0, t;
+}"""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
@@ -55,7 +64,7 @@ def forward(
     Returns:
       q, k and v in y's dtype, the raw gate in float32 or None.
     """
-    this = _Program.of(y, key_dim, value_dim, q_scale, gated, tiling)
+    this = _Program.of(y, key_dim, value_dim, q_scale, gated, tiling, interpret)
     lead = y.shape[:3]
     out = pl.pallas_call(
         functools.partial(_forward_kernel, program=this),
@@ -97,7 +106,7 @@ def backward(
     Returns:
       d_y with all its columns, zeros in the padding.
     """
-    this = _Program.of(y, key_dim, value_dim, q_scale, gated, tiling)
+    this = _Program.of(y, key_dim, value_dim, q_scale, gated, tiling, interpret)
     return pl.pallas_call(
         functools.partial(_backward_kernel, program=this),
         grid=this.grid,
@@ -135,6 +144,7 @@ class _Program:
       q_scale: factor of the queries.
       gated: whether there is a gate's column.
       tiling: how the work is cut.
+      interpret: whether it runs without a GPU.
     """
 
     num_rows: int
@@ -146,9 +156,10 @@ class _Program:
     q_scale: float
     gated: bool
     tiling: Tiling
+    interpret: bool
 
     @classmethod
-    def of(cls, y, key_dim, value_dim, q_scale, gated, tiling):
+    def of(cls, y, key_dim, value_dim, q_scale, gated, tiling, interpret):
         batch, num_tokens, num_heads, width = y.shape
         if tiling is None:
             # 16 bytes of a row for each thread.
@@ -157,7 +168,7 @@ class _Program:
             tiling = Tiling(max(1, num_warps * 32 * per_thread // widest), num_warps)
         num_rows = batch * num_tokens * num_heads
         sizes = (num_rows, num_tokens, num_heads, width)
-        return cls(*sizes, key_dim, value_dim, q_scale, gated, tiling)
+        return cls(*sizes, key_dim, value_dim, q_scale, gated, tiling, interpret)
 
     # Outside of the kernel.
 
@@ -173,7 +184,7 @@ class _Program:
     def compiler_params(self) -> plgpu.CompilerParams:
         return plgpu.CompilerParams(num_warps=self.tiling.num_warps, num_stages=1)
 
-    def flat(self, x: Float[Array, "B N H *W"]) -> Float[Array, "M *W"]:
+    def flat(self, x: Array) -> Array:
         return x.reshape(self.num_rows, *x.shape[3:])
 
     def block(self, width: int) -> pl.BlockSpec:
@@ -208,11 +219,12 @@ class _Program:
 
     def _columns(self, ref, start, width):
         size = pl.next_power_of_2(width)
+        window = ref.at[jnp.arange(self.tiling.rows)[:, None], start + jnp.arange(size)[None]]
         mask, rows = None, self.exists()
         if rows is not None or size != width:
             mask = jnp.broadcast_to(jnp.arange(size) < width, (self.tiling.rows, size))
             mask = mask if rows is None else mask & rows[:, None]
-        return ref.at[:, pl.ds(start, size)], mask
+        return window, mask
 
     def turn(self, ref) -> list[Float[Array, "R P"]] | None:
         """Each row's cosines and sines."""
@@ -226,51 +238,69 @@ class _Program:
             other = 0.0
         return _pairs(plgpu.load(ref.at[tokens[:, None], channels[None]], mask=mask, other=other))
 
+    def gate_column(self, ref, width: int) -> Float[Array, "R W"]:
+        """A number for each row, in the first of `width` columns of zeros."""
+        row = jnp.arange(self.tiling.rows)[:, None]
+        column = jnp.arange(pl.next_power_of_2(width))[None]
+        row, column, exists = row + 0 * column, column + 0 * row, self.exists()
+        mask = column == 0
+        mask = mask if exists is None else mask & exists[:, None]
+        return plgpu.load(ref.at[row], mask=mask, other=0.0)
+
+    def sigmoid(self, x: Float[Array, "R W"]) -> Float[Array, "R W"]:
+        """Of five instructions. Left to the compiler its exponential and quotient would be twice
+        as many, most of them for results below the normal numbers."""
+        if self.interpret:
+            return jax.nn.sigmoid(x)
+        (out,) = plgpu.elementwise_inline_asm(
+            _SIGMOID,
+            args=[x],
+            constraints="=f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+        )
+        return out
+
+    def silu_slope(self, x: Float[Array, "R W"]) -> Float[Array, "R W"]:
+        s = self.sigmoid(x)
+        return s + x * s * (1.0 - s)
+
+
+# All loads come first: they wait for memory together.
+
 
 def _forward_kernel(y_ref, table_ref, q_ref, k_ref, v_ref, gate_ref, *, program):
-    key_dim, value_dim = program.key_dim, program.value_dim
+    key_dim, value_dim, exists = program.key_dim, program.value_dim, program.exists()
+    if program.gated:
+        row = jnp.arange(program.tiling.rows)
+        gate = plgpu.load(y_ref.at[row, jnp.full_like(row, 2 * (key_dim + value_dim))], mask=exists)
     q, k = (program.load(y_ref, start, key_dim) for start in (0, key_dim))
     v = program.load(y_ref, 2 * key_dim, value_dim)
     turn = program.turn(table_ref)
-    program.store(q_ref, 0, key_dim, _rotate(q * _sigmoid(q) * program.q_scale, turn))
-    program.store(k_ref, 0, key_dim, _rotate(k * _sigmoid(k), turn))
+    program.store(q_ref, 0, key_dim, _rotate(q * program.sigmoid(q) * program.q_scale, turn))
+    program.store(k_ref, 0, key_dim, _rotate(k * program.sigmoid(k), turn))
     program.store(v_ref, 0, value_dim, v)
     if program.gated:
-        exists = program.exists()
-        gate = plgpu.load(y_ref.at[:, 2 * (key_dim + value_dim)], mask=exists)
         plgpu.store(gate_ref.at[:], gate.astype(jnp.float32), mask=exists)
 
 
 def _backward_kernel(_, d_heads_refs, y_ref, table_ref, dy_ref, *, program):
     key_dim, value_dim = program.key_dim, program.value_dim
     dq_ref, dk_ref, dv_ref, dgate_ref = d_heads_refs
+    start_of_rest = 2 * (key_dim + value_dim)
+    width_of_rest = program.width - start_of_rest
+    d_rest = program.gate_column(dgate_ref, width_of_rest) if program.gated else None
     q, k = (program.load(y_ref, start, key_dim) for start in (0, key_dim))
     d_q, d_k = (program.load(ref, 0, key_dim) for ref in (dq_ref, dk_ref))
     d_v = program.load(dv_ref, 0, value_dim)
     turn = program.turn(table_ref)
-    d_q = _rotate(d_q * program.q_scale, turn, back=True) * _silu_slope(q)
-    d_k = _rotate(d_k, turn, back=True) * _silu_slope(k)
+    d_q = _rotate(d_q * program.q_scale, turn, back=True) * program.silu_slope(q)
+    d_k = _rotate(d_k, turn, back=True) * program.silu_slope(k)
     program.store(dy_ref, 0, key_dim, d_q)
     program.store(dy_ref, key_dim, key_dim, d_k)
     program.store(dy_ref, 2 * key_dim, value_dim, d_v)
     if program.gated:
-        # The gate's column and the padding, as one tile whose other columns read nothing.
-        start = 2 * (key_dim + value_dim)
-        width = program.width - start
-        column = jnp.arange(pl.next_power_of_2(width))[None]
-        row = jnp.arange(program.tiling.rows)[:, None] + 0 * column
-        is_gate, exists = column + 0 * row == 0, program.exists()
-        is_gate = is_gate if exists is None else is_gate & exists[:, None]
-        program.store(dy_ref, start, width, plgpu.load(dgate_ref.at[row], mask=is_gate, other=0.0))
-
-
-def _sigmoid(x):
-    return 1.0 / (1.0 + jnp.exp(-x))
-
-
-def _silu_slope(x):
-    s = _sigmoid(x)
-    return s + x * s * (1.0 - s)
+        program.store(dy_ref, start_of_rest, width_of_rest, d_rest)
 
 
 def _rotate(x: Float[Array, "R W"], turn, *, back: bool = False) -> Float[Array, "R W"]:
