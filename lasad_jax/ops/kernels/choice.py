@@ -91,6 +91,17 @@ def _obstacle_on_hopper(
     return None
 
 
+def triton_obstacle(x: Array) -> str | None:
+    """Why the Triton kernels of elementwise passes cannot take x on this device; None if they
+    can."""
+    where = device()
+    if not where.is_gpu or "NVIDIA" not in where.kind:
+        return f"it needs an NVIDIA GPU, not {where.kind} ({where.platform})"
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"it takes bfloat16, float16 or float32, not {x.dtype}"
+    return None
+
+
 def recurrence(name: str, q: Array, v: Array, *, interpret: bool = False) -> Backend:
     """The kernels of the single recurrence for tokens like q and v.
 
