@@ -56,6 +56,7 @@ def main(argv: list[str]) -> None:
             grid=(1, _TOKENS.value),
             vocab_size=_VOCAB,
             images_per_shard=_PER_SHARD.value,
+            progress=True,
         )
         examples = CodeExamples(folder, "train")
         rows = lambda: rng.integers(0, len(examples), _BATCH.value)

@@ -36,6 +36,7 @@ def write_random_codes(
     grid: tuple[int, int],
     vocab_size: int,
     images_per_shard: int,
+    progress: bool = False,
 ) -> None:
     """Writes one split "train" of 1000 classes.
 
@@ -45,6 +46,7 @@ def write_random_codes(
       grid: rows and columns of an image's codes.
       vocab_size: codes are below.
       images_per_shard: images in a file.
+      progress: show a bar.
     """
     sources = {"train": BlankImages(images)}
     rng = np.random.default_rng(0)
@@ -65,4 +67,5 @@ def write_random_codes(
         {"train": lambda image: np.repeat(image[None], augmentations, 0)},
         lambda pixels: rng.integers(0, vocab_size, (len(pixels), *shape), np.uint16),
         batch_size=4096,
+        progress=progress,
     )

@@ -17,6 +17,7 @@ REPEATS = flags.DEFINE_integer(
     "repeats", None, "Timings of each, of which the median counts; by command if unset.", 1
 )
 _COPY = flags.DEFINE_integer("copy_megabytes", None, "Size of the copy; by device if unset.", 1)
+_REPEATS_ON_CPU = 3
 _COPY_ON = {"cpu": 64, "accelerator": 2048}
 
 
@@ -35,12 +36,12 @@ class Results(dict):
         """
         Args:
           name: of the command and its files.
-          repeats: unless the flag says otherwise.
-          min_seconds: as in `timing.seconds_per_call`; none on a CPU.
+          repeats, min_seconds: as in `timing.seconds_per_call`, unless the flag says
+            otherwise; on a CPU three and none.
         """
         self._name = name
         self.how = {
-            "repeats": REPEATS.value or repeats,
+            "repeats": REPEATS.value or (_REPEATS_ON_CPU if on_cpu() else repeats),
             "min_seconds": 0.0 if on_cpu() else min_seconds,
         }
         megabytes = _COPY.value or _COPY_ON["cpu" if on_cpu() else "accelerator"]

@@ -3,49 +3,25 @@
 import functools
 import statistics
 import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from lasad_jax.benchmarks import counts, llamagen
+from lasad_jax.benchmarks import counts, decoding, llamagen
 from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.limits import AllocatorPeak, compiled_bytes
 from lasad_jax.benchmarks.tables import one_line
 from lasad_jax.benchmarks.timing import seconds_per_call
-from lasad_jax.config import SamplingConfig
-from lasad_jax.models import LASADGen, ModelConfig, count_parameters
+from lasad_jax.models import ModelConfig, count_parameters
 from lasad_jax.models.generator import init_parameters
-from lasad_jax.sampling.decode import generate
 from lasad_jax.training.state import unbox
 
-GUIDANCE = 2.0
-_ROWS_PER_IMAGE = 2  # with the class and without
+_ROWS_PER_IMAGE = 2  # guidance: with the class and without
 
 
-def draw_images(config: ModelConfig, params: PyTree, labels, keys):
-    """All codes of images, with guidance: what the table times."""
-    given = jnp.zeros((len(labels), 0), jnp.int32)
-    return generate(config, params, labels, keys, given, SamplingConfig(guidance=GUIDANCE))
-
-
-def make_decoder(config: ModelConfig) -> tuple[Callable, Callable, Callable]:
-    """How one token after the other is decoded.
-
-    Returns:
-      prepare: params -> weights; start: a prefilled cache -> cache;
-      decode: (weights, tokens, cache) -> (logits, cache).
-    """
-    model = LASADGen(config)
-    decode = lambda weights, tokens, cache: model.apply(
-        {"params": weights}, tokens, cache, method="decode_step"
-    )
-    return lambda params: params, lambda cache: cache, decode
-
-
-def _make_params(config: ModelConfig) -> PyTree:
-    return unbox(init_parameters(config, jax.random.key(0)))
+def _make_prepared(config: ModelConfig) -> PyTree:
+    return decoding.prepare(config, unbox(init_parameters(config, jax.random.key(0))))
 
 
 def _make_inputs(case: GeneratorCase, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -55,8 +31,8 @@ def _make_inputs(case: GeneratorCase, config: ModelConfig) -> tuple[jax.Array, j
 
 def _compile_drawing(case: GeneratorCase, config: ModelConfig) -> jax.stages.Compiled:
     """Nothing is allocated for it."""
-    shapes = jax.eval_shape(lambda: (_make_params(config), *_make_inputs(case, config)))
-    return jax.jit(functools.partial(draw_images, config)).lower(*shapes).compile()
+    shapes = jax.eval_shape(lambda: (_make_prepared(config), *_make_inputs(case, config)))
+    return jax.jit(functools.partial(decoding.draw_images, config)).lower(*shapes).compile()
 
 
 def time_row(case: GeneratorCase, mixer: str, *, bytes_per_second: float, how: dict) -> dict:
@@ -82,9 +58,9 @@ def time_row(case: GeneratorCase, mixer: str, *, bytes_per_second: float, how: d
     allocator = AllocatorPeak()
     try:
         draw = _compile_drawing(case, config)
-        params = jax.jit(lambda: _make_params(config))()
+        prepared = jax.jit(lambda: _make_prepared(config))()
         # One set of inputs: what thousands of tokens leave in a cache helps no next image.
-        runs = seconds_per_call(draw, [(params, *_make_inputs(case, config))], **how)
+        runs = seconds_per_call(draw, [(prepared, *_make_inputs(case, config))], **how)
     except Exception as error:  # what does not fit says so; the others go on
         return row | {"skipped": one_line(error)}
     seconds = statistics.median(runs)
@@ -129,31 +105,28 @@ def along_row(case: GeneratorCase, mixer: str, *, length: int, repeats: int) -> 
 def _pass_times(case: GeneratorCase, mixer: str, *, length: int, repeats: int) -> list[list[float]]:
     """Seconds of each segment, for each pass; a first pass warms up and does not count."""
     config = case.model(mixer)
-    prepare, start, decode = make_decoder(config)
 
-    def begin(params, labels):
-        none = jnp.zeros((len(labels), 0), jnp.int32)
-        logits, cache = LASADGen(config).apply({"params": params}, labels, none, method="prefill")
-        return jnp.argmax(logits, axis=-1), start(cache)
+    def begin(prepared, labels):
+        logits, cache = decoding.begin(config, prepared, labels)
+        return jnp.argmax(logits, axis=-1), cache
 
-    def segment(weights, tokens, cache):
+    def segment(prepared, tokens, cache):
         def step(carry, _):
-            logits, cache = decode(weights, *carry)
+            logits, cache = decoding.decode(config, prepared, *carry)
             return (jnp.argmax(logits, axis=-1), cache), None
 
         return jax.lax.scan(step, (tokens, cache), None, length)[0]
 
     begin, segment = jax.jit(begin), jax.jit(segment, donate_argnums=(1, 2))
-    params = jax.jit(lambda: _make_params(config))()
-    weights = jax.jit(prepare)(params)
+    prepared = jax.jit(lambda: _make_prepared(config))()
     labels = jnp.arange(_ROWS_PER_IMAGE * case.batch) % config.num_classes
     passes = []
     for _ in range(repeats + 1):
-        tokens, cache = jax.block_until_ready(begin(params, labels))
+        tokens, cache = jax.block_until_ready(begin(prepared, labels))
         times = []
         for _ in range(case.tokens // length):
             since = time.perf_counter()
-            tokens, cache = jax.block_until_ready(segment(weights, tokens, cache))
+            tokens, cache = jax.block_until_ready(segment(prepared, tokens, cache))
             times.append(time.perf_counter() - since)
         passes.append(times)
     return passes[1:]

@@ -15,7 +15,7 @@ import itertools
 from absl import flags
 
 from lasad_jax import command
-from lasad_jax.benchmarks import generators, llamagen, plots, results, sample_rows
+from lasad_jax.benchmarks import decoding, generators, llamagen, plots, results, sample_rows
 from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.tables import (
     Column,
@@ -89,8 +89,8 @@ def main() -> None:
     mixers = generators.mixers()
 
     found = results.Results("sampling", repeats=3, min_seconds=0.5)
-    found |= {"guidance": sample_rows.GUIDANCE, "llamagen": llamagen.SOURCE}
-    print(f"{found.header()}\nguidance {sample_rows.GUIDANCE}; LlamaGen: {llamagen.SOURCE}")
+    found |= {"guidance": decoding.GUIDANCE, "llamagen": llamagen.SOURCE}
+    print(f"{found.header()}\nguidance {decoding.GUIDANCE}; LlamaGen: {llamagen.SOURCE}")
 
     print("\n" + head(COLUMNS))
     for case in cases:
