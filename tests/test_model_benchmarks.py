@@ -293,7 +293,7 @@ def test_time_along_the_sequence_is_that_of_each_place(parse, monkeypatch):
         return jnp.zeros((len(labels), 4)), {"index": jnp.zeros((), jnp.int32)}
 
     def decode(config, prepared, tokens, cache):
-        sleep = lambda index: (time.sleep(0.004 if index >= 6 else 0.0), index + 1)[1]
+        sleep = lambda index: (time.sleep(0.05 if index >= 6 else 0.0), index + 1)[1]
         index = jax.pure_callback(sleep, cache["index"], cache["index"])
         return jnp.zeros((len(tokens), 4)) + index, {"index": index}
 
@@ -303,7 +303,7 @@ def test_time_along_the_sequence_is_that_of_each_place(parse, monkeypatch):
     row = sample_rows.along_row(case, "lasad", length=3, repeats=3)
     assert row["positions"] == [0, 3, 6]  # the tenth token fills no segment
     first, second, third = row["seconds_per_token"]
-    assert max(first, second) < 0.004 <= third
+    assert max(first, second) < 0.05 <= third
 
 
 def test_drawing_that_fails_is_a_row_with_its_reason(run_main, monkeypatch):
