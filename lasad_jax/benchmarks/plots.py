@@ -32,6 +32,8 @@ def draw_scaling(rows: Sequence[dict], device: str, path: Path) -> None:
         axes.plot([row["tokens"] for row in chosen], times, "o-", label=mixer)
     axes.set(xlabel="tokens of an image", ylabel="training, ms per 1000 tokens", title=device)
     axes.set_xscale("log", base=2)
+    lengths = sorted({row["tokens"] for row in rows})
+    axes.set_xticks(lengths, lengths)
     _finish(axes)
     save(figure, path)
 

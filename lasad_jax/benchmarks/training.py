@@ -120,9 +120,10 @@ def main() -> None:
             row = time_case(case, mixer)
             found.add(name, row)
             print(row_line(row, columns), flush=True)
-    with found.picture() as file:
-        if file:
-            plots.draw_scaling(found.get("scaling", []), found["device"], file)
+    if scaling:
+        with found.picture() as file:
+            if file:
+                plots.draw_scaling(found["scaling"], found["device"], file)
 
     for mixer in mixers if _LOADER.value else ():
         _loader(found, cases[0], mixer, sizes["loader"])
