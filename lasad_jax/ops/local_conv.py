@@ -77,7 +77,7 @@ def local_conv(
     """
     _check(x, factor, kernel, grid, num_prefix, implementation)
     columns = grid[1]
-    obstacle = _obstacle(x)
+    obstacle = choice.triton_obstacle(x)
     if implementation == "triton" and obstacle:
         raise ValueError(f"implementation: 'triton' cannot run here: {obstacle}; use 'auto'")
     if implementation == "plain" or obstacle:
@@ -144,16 +144,6 @@ def _plain(x, factor, kernel, columns, num_prefix):
         exists = neighbour(tokens, tap, columns, num_prefix)[1]
         y += shifted * jnp.where(exists[:, None], kernel[tap], 0.0)
     return y.astype(x.dtype)
-
-
-def _obstacle(x: Array) -> str | None:
-    """Why the kernels cannot take these tokens on this device; None if they can."""
-    where = choice.device()
-    if not where.is_gpu or "NVIDIA" not in where.kind:
-        return f"it needs an NVIDIA GPU, not {where.kind} ({where.platform})"
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"it takes bfloat16, float16 or float32, not {x.dtype}"
-    return None
 
 
 def _check(x, factor, kernel, grid, num_prefix, implementation):
