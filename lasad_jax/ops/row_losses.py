@@ -71,12 +71,14 @@ def _flat(kernel, logits, tokens):
 def _plain(logits, tokens, with_gradient):
     """The same with XLA's own operations."""
     x = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
-    # Below the largest one, which may be far from 0, float32 keeps the digits that matter.
-    x -= jnp.max(x, axis=-1, keepdims=True)
-    total = jnp.sum(jnp.exp(x), axis=-1, keepdims=True)
+    # Of the distance to the largest one, which may be far from 0, float32 keeps enough digits.
+    largest = jnp.max(x, axis=-1, keepdims=True)
+    powers = jnp.exp(x - largest)
+    total = jnp.sum(powers, axis=-1, keepdims=True)
     right = tokens[..., None] == jnp.arange(x.shape[-1])
-    losses = jnp.log(total[..., 0]) - jnp.sum(jnp.where(right, x, 0.0), axis=-1)
-    d_logits = (jnp.exp(x) / total - right).astype(logits.dtype) if with_gradient else None
+    chosen = jnp.sum(jnp.where(right, x, 0.0), axis=-1)
+    losses = jnp.log(total[..., 0]) + (largest[..., 0] - chosen)
+    d_logits = (powers / total - right).astype(logits.dtype) if with_gradient else None
     return losses, d_logits
 
 
