@@ -24,7 +24,8 @@ class Tiling:
     """How a row is cut.
 
     Attributes:
-      columns: of a block, a power of two.
+      columns: of a block, a power of two, with one for each thread at least: no two then hold
+        the same number, which one might read after the other has written.
       num_warps: of the program.
     """
 
@@ -68,7 +69,7 @@ def row_losses(
 
 
 def _tiling(vocab_size: int) -> Tiling:
-    """32 numbers for each thread, which leaves room for two programs of 16384 columns."""
+    """32 numbers for each thread: two programs of 16384 columns fit on a multiprocessor."""
     columns = pl.next_power_of_2(vocab_size)
     if columns > _LONGEST:
         columns = 8192
@@ -85,38 +86,37 @@ def _kernel(logits_ref, token_ref, loss_ref, gradient_ref, *, columns):
         exist = places < vocab_size if vocab_size % columns else None
         return ref.at[pl.ds(block * columns, columns)], places, exist
 
-    def load(block) -> tuple[Float[Array, " W"], Bool[Array, " W"]]:
-        """Logits, and which of them is the token's."""
-        ref, places, exist = window(logits_ref, block)
-        right = places == token
-        if exist is None:
-            return plgpu.load(ref).astype(jnp.float32), right
-        x = plgpu.load(ref, mask=exist, other=-math.inf)
-        return x.astype(jnp.float32), right & exist
+    def load(block) -> Float[Array, " W"]:
+        ref, _, exist = window(logits_ref, block)
+        other = None if exist is None else -math.inf
+        return plgpu.load(ref, mask=exist, other=other).astype(jnp.float32)
 
     if num_blocks == 1:
         row = load(0)
         load = lambda block: row
 
     def add(block, sums):
-        old_largest, total, chosen = sums
-        x, right = load(block)
+        old_largest, total = sums
+        x = load(block)
         largest = jnp.maximum(old_largest, jnp.max(x))
         total = total * jnp.exp(old_largest - largest) + jnp.sum(jnp.exp(x - largest))
-        # Not read from memory by its place: another warp may have written the gradient there.
-        return largest, total, chosen + jnp.sum(jnp.where(right, x, 0.0))
+        return largest, total
 
-    zero = jnp.float32(0.0)
-    largest, total, chosen = walk(add, (jnp.float32(-math.inf), zero, zero))
-    loss_ref[...] = jnp.log(total) + (largest - chosen)
+    # The token's own logit lies where the gradient will be. The sums start from it, so that no
+    # warp has them, and writes, before all have read it.
+    is_code = (token >= 0) & (token < vocab_size)
+    place = logits_ref.at[jnp.where(is_code, token, 0)]
+    chosen = plgpu.load(place).astype(jnp.float32)
+    largest, total = walk(add, (chosen, jnp.float32(0.0)))
+    loss_ref[...] = jnp.log(total) + (largest - jnp.where(is_code, chosen, 0.0))
     if gradient_ref is None:
         return
 
     def write(block, _):
-        x, right = load(block)
         # Of a row held in registers these are the exponentials that were added above.
-        d_x = jnp.exp(x - largest) * (1.0 / total) - right.astype(jnp.float32)
-        ref, _, exist = window(gradient_ref, block)
+        d_x = jnp.exp(load(block) - largest) * (1.0 / total)
+        ref, places, exist = window(gradient_ref, block)
+        d_x = jnp.where(places == token, d_x - 1.0, d_x)
         plgpu.store(ref, d_x.astype(gradient_ref.dtype), mask=exist)
 
     walk(write, None)
