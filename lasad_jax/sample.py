@@ -3,9 +3,13 @@
 Writes a labelled PNG grid and an .npz (arr_0: uint8 NHWC images, arr_1: labels; the ADM
 convention). --classes=3,1,4 chooses classes, by number or name; --complete=FILE.npz --rows=14
 keeps the first rows of tokens of the images in arr_0 and draws the rest.
+
+Images are kept in OUT.parts, batch by batch, until all are there. Running the same command
+again goes on where it was stopped.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -16,8 +20,9 @@ from flax import linen as nn
 from lasad_jax.command import run
 from lasad_jax.config import Config, load_config
 from lasad_jax.data.tokens import Codec, load_class_names, load_run_codec
-from lasad_jax.sampling.decode import balanced_labels, sample_tokens
-from lasad_jax.sampling.pictures import image_grid, write_npz, write_png
+from lasad_jax.sampling.decode import balanced_labels, sample_batches
+from lasad_jax.sampling.job import Job, digest, draw_parts, fingerprint
+from lasad_jax.sampling.pictures import image_grid
 from lasad_jax.training import sharding
 from lasad_jax.training.checkpoints import Checkpoints
 from lasad_jax.training.state import abstract_state
@@ -29,7 +34,7 @@ _CLASSES = flags.DEFINE_list("classes", None, "Classes to draw, by number or nam
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the images.")
 _STEP = flags.DEFINE_integer("step", None, "Checkpoint; the best by held-out loss if unset.")
 _RAW = flags.DEFINE_bool("raw", False, "Use the parameters themselves, not their average.")
-_BATCH = flags.DEFINE_integer("batch_size", 128, "Images drawn at a time.", 1)
+_BATCH = flags.DEFINE_integer("batch_size", 128, "Images drawn, and kept, at a time.", 1)
 _COMPLETE = flags.DEFINE_string("complete", None, "An .npz of images (arr_0) to complete.")
 _ROWS = flags.DEFINE_integer("rows", None, "Rows of tokens of --complete to keep.")
 _GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; as configured if unset.")
@@ -61,7 +66,22 @@ def sample(workdir: Path) -> None:
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         params, step = _parameters(config, workdir, mesh)
-        tokens = sample_tokens(
+        identity = {
+            "step": step,
+            "parameters": f"{'raw' if _RAW.value else 'average'} {fingerprint(params)}",
+            "seed": _SEED.value,
+            "num": len(labels),
+            "labels": digest(labels),
+            "given": "none" if given is None else f"{given.shape[1]} codes {digest(given)}",
+            "batch_size": _BATCH.value,
+        } | dataclasses.asdict(sampling)
+        out = Path(_OUT.value or workdir / "samples" / f"sample_{step:07d}_seed{_SEED.value}")
+        job = Job(out, labels, _BATCH.value, identity)
+        if job.is_finished():
+            _say(f"these {len(labels)} images are there already: {job.png}, {job.npz}")
+            return
+        draw = functools.partial(
+            sample_batches,
             config.model,
             params,
             labels,
@@ -70,18 +90,17 @@ def sample(workdir: Path) -> None:
             mesh=mesh,
             batch_size=_BATCH.value,
             given=given,
-            progress=True,
         )
-    images = codec.decode(tokens, config.model.grid)
-    out = Path(_OUT.value or workdir / "samples" / f"sample_{step:07d}_seed{_SEED.value}")
-    write_npz(out.with_suffix(".npz"), images, labels)
-    shown = _shown(labels)
-    write_png(
-        out.with_suffix(".png"), image_grid(images[shown], labels[shown], class_names=class_names)
-    )
-    print(
-        f"{len(images)} images of step {step}: {out.with_suffix('.png')}, {out.with_suffix('.npz')}"
-    )
+        draw_parts(job, draw, lambda tokens: codec.decode(tokens, config.model.grid))
+    if jax.process_index() == 0:
+        shown = _shown(labels)
+        job.finish(image_grid(job.read_images(shown), labels[shown], class_names=class_names))
+    _say(f"{len(labels)} images of step {step}: {job.png}, {job.npz}")
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line)
 
 
 def _shown(labels: np.ndarray, most: int = 200) -> np.ndarray:

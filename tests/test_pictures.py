@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lasad_jax.sampling.pictures import image_grid, write_npz, write_png
+from lasad_jax.sampling.pictures import image_grid, read_comment, write_npz, write_png
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -113,7 +113,7 @@ def test_unfit_arrays_are_refused(tmp_path, images, labels, message):
     if labels is None:
         labels = np.zeros(len(images), int)
     with pytest.raises(ValueError, match=message):
-        write_npz(tmp_path / "samples.npz", images, labels)
+        write_npz(tmp_path / "samples.npz", [images], labels)
     assert not list(tmp_path.iterdir())
 
 
@@ -134,12 +134,33 @@ def test_png_round_trip(tmp_path):
 
 
 def test_npz_round_trip(tmp_path):
-    images, labels = noise(3, 5, 7, 3), np.array([2, 0, 1])
-    write_npz(tmp_path / "samples.npz", images, labels)
-    with np.load(tmp_path / "samples.npz") as read:
-        assert read.files == ["arr_0", "arr_1"] and read["arr_0"].dtype == np.uint8
-        np.testing.assert_array_equal(read["arr_0"], images)
-        np.testing.assert_array_equal(read["arr_1"], labels)
+    images, labels = noise(5, 5, 7, 3), np.array([2, 0, 1, 1, 0])
+    for name, batches in (("one", [images]), ("some", [images[:2], images[2:3], images[3:]])):
+        write_npz(tmp_path / f"{name}.npz", iter(batches), labels, comment="of é")
+        with np.load(tmp_path / f"{name}.npz") as read:
+            assert read.files == ["arr_0", "arr_1"] and read["arr_0"].dtype == np.uint8
+            np.testing.assert_array_equal(read["arr_0"], images)
+            np.testing.assert_array_equal(read["arr_1"], labels)
+        assert read_comment(tmp_path / f"{name}.npz") == "of é"
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "some.npz").read_bytes()
+
+
+def test_files_without_a_comment(tmp_path):
+    write_npz(tmp_path / "none.npz", [noise(1, 2, 2, 1)], np.zeros(1, int))
+    (tmp_path / "broken.npz").write_bytes((tmp_path / "none.npz").read_bytes()[:-5])
+    for name in ("none.npz", "broken.npz", "missing.npz"):
+        assert read_comment(tmp_path / name) == ""
+
+
+def test_batches_that_do_not_fit_leave_no_file(tmp_path):
+    for batches, message in (
+        ([noise(2, 4, 4, 1), noise(1, 4, 5, 1)], r"one shape, got \(4, 4, 1\), \(4, 5, 1\)"),
+        ([noise(2, 4, 4, 1)], r"labels must be \(2,\), one an image, got \(3,\)"),
+        ([noise(3, 4, 4, 1), noise(3, 4, 4, 1)], r"labels must be \(6,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            write_npz(tmp_path / "samples.npz", batches, np.arange(3))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

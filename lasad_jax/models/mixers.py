@@ -24,7 +24,7 @@ _HEADS = ("embed", "heads", "head_dim")
 _OUT = ("heads", "head_dim", "embed")
 # Columns that the content gate's one is filled up to: rows of 16 bytes, as tensor cores read.
 _ALIGNMENT = 8
-_FAMILIES = {
+FAMILIES = {
     "none": ops.NoDecay,
     "sequence": ops.SequenceDecay,
     "raster": ops.RasterDecay,
@@ -65,9 +65,7 @@ class DecayGate(Kernel):
     """The parameters of the content gate, one number for each token and head."""
 
     @nn.compact
-    def __call__(
-        self, scale: Float[Array, " D"]
-    ) -> tuple[Float[Array, "D H"], Float[Array, " H"]]:
+    def __call__(self, scale: Float[Array, " D"]) -> tuple[Float[Array, "D H"], Float[Array, " H"]]:
         """The kernel, and a bias in float32."""
         init = nn.with_logical_partitioning(nn.initializers.constant(_GATE_BIAS), self.axes[1:])
         bias = self.param("bias", init, self.shape[1:], jnp.dtype(self.config.param_dtype))
@@ -83,7 +81,7 @@ class LASADMixer(nn.Module):
     def __call__(
         self, x: Float[Array, "B N D"], scale: Float[Array, " D"], cache: LASADCache | None = None
     ) -> tuple[Float[Array, "B N D"], LASADCache | None]:
-        config, num_heads = self.config, self.config.num_heads
+        config = self.config
         one_step = cache is not None and x.shape[1] == 1
         index = cache.state.index if one_step else 0
         recent = cache.recent if cache is not None else None
@@ -121,7 +119,9 @@ class LASADMixer(nn.Module):
                 out, state = out
             out = keep(out)
         out, scale = RMSNorm(config, ("heads", "head_dim"), name="norm")(out)
-        out = product(out * out_gate, Kernel(config, _out_shape(config), _OUT, name="out")(scale), 2)
+        out = product(
+            out * out_gate, Kernel(config, _out_shape(config), _OUT, name="out")(scale), 2
+        )
         return out, None if cache is None else LASADCache(state, recent)
 
     def _project(
@@ -161,13 +161,13 @@ class LASADMixer(nn.Module):
             )
             for name, steps in longest.items()
         }
-        return _FAMILIES[self.config.decay](**rates)
+        return FAMILIES[self.config.decay](**rates)
 
 
 def init_lasad_cache(config: ModelConfig, batch: int) -> LASADCache:
     """The cache before any token."""
     state = ops.init_state(
-        _FAMILIES[config.decay],
+        FAMILIES[config.decay],
         batch=batch,
         num_heads=config.num_heads,
         key_dim=config.query_dim,

@@ -40,7 +40,7 @@ def linear_attention(
         return_state=return_state,
     )
     mesh = jax.sharding.get_abstract_mesh()
-    if implementation not in ops.KERNELS or mesh.empty:
+    if implementation not in ops.KERNELS or mesh.empty or mesh.are_all_axes_manual:
         return run(q, k, v, decay, log_gate=log_gate)
 
     images, heads = mesh_axes("batch", q.shape[0]), mesh_axes("heads", q.shape[2])

@@ -50,3 +50,20 @@ def rotate(
     pairs = x.reshape(*x.shape[:-1], -1, 2).astype(jnp.float32)
     turned = pairs * cos + jnp.flip(pairs, axis=-1) * sin
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def turn_table(
+    grid: tuple[int, int], head_dim: int, *, prefix_scale: float, num_prefix: int = 1
+) -> Float[np.ndarray, "tokens 2 Dk"]:
+    """For each token of an image: what `turn` multiplies a head and its swapped pairs by."""
+    cos, sin = np.moveaxis(np.repeat(rotary_table(grid, head_dim), 2, axis=1), -1, 0)
+    cells = np.stack([cos, np.where(np.arange(head_dim) % 2, sin, -sin)], axis=1)
+    prefix = np.zeros((num_prefix, *cells.shape[1:]))
+    prefix[:, 0] = prefix_scale
+    return np.concatenate([prefix, cells])
+
+
+def turn(x: Float[Array, "*lead Dk"], by: Float[Array, "2 Dk"]) -> Float[Array, "*lead Dk"]:
+    """`rotate` for one token, whose row of `turn_table` is given."""
+    swapped = jnp.flip(x.reshape(*x.shape[:-1], -1, 2), axis=-1).reshape(x.shape)
+    return (x.astype(jnp.float32) * by[0] + swapped.astype(jnp.float32) * by[1]).astype(x.dtype)

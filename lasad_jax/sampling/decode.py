@@ -1,25 +1,29 @@
 """The decoding loop: one compiled scan over tokens, its memory independent of their number."""
 
 import functools
+from collections.abc import Iterable, Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int, Key, PyTree
-from tqdm import tqdm
 
 from lasad_jax.config import SamplingConfig
+from lasad_jax.models import decoder
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.decoder import Weights
 from lasad_jax.models.generator import LASADGen
 from lasad_jax.sampling.filters import draw
 from lasad_jax.sampling.guidance import guidance_scale, guide
-from lasad_jax.training.sharding import batch_sharding, replicated
+from lasad_jax.training.sharding import replicated
 
 
 def generate(
     model_config: ModelConfig,
     params: PyTree,
+    weights: Weights,
     labels: Int[Array, " B"],
     keys: Key[Array, " B"],
     given: Int[Array, "B n"],
@@ -29,6 +33,7 @@ def generate(
 
     Args:
       model_config, params: the generator.
+      weights: the same parameters, prepared for decoding.
       labels: class of each image; num_classes for none.
       keys: one per image, so that an image does not depend on its neighbours in the batch.
       given: the first n codes of each image, kept as they are; n may be 0.
@@ -55,18 +60,48 @@ def generate(
     def next_token(carry, token):
         logits, cache = carry
         chosen = choose(logits, token)
-        logits, cache = model.apply({"params": params}, double(chosen), cache, method="decode_step")
+        logits, cache = decoder.decode(model_config, weights, double(chosen), cache)
         return (logits, cache), chosen
 
     if num_given == num_tokens:
         return given
-    carry = model.apply({"params": params}, all_labels, double(given), method="prefill")
+    logits, cache = model.apply({"params": params}, all_labels, double(given), method="prefill")
+    carry = logits, decoder.start(model_config, cache)
     (logits, _), drawn = jax.lax.scan(next_token, carry, jnp.arange(num_given, num_tokens - 1))
     final = choose(logits, jnp.asarray(num_tokens - 1))
     return jnp.concatenate([given, drawn.T, final[:, None]], axis=1)
 
 
-_jitted_generate = functools.partial(jax.jit, static_argnums=(0, 5))(generate)
+@functools.partial(jax.jit, static_argnames=("model_config", "sampling", "mesh"))
+def _generate_everywhere(
+    model_config, sampling, mesh, params, weights, base_key, labels, numbers, given
+):
+    """`generate` for images `numbers`, an equal part of them on each device.
+
+    No image depends on another, so that nothing is communicated.
+    """
+
+    def part(params, weights, base_key, labels, numbers, given):
+        base_key = jax.random.wrap_key_data(base_key)
+        keys = jax.vmap(lambda number: jax.random.fold_in(base_key, number))(numbers)
+        if given.size == 0:
+            # A part of an empty array, concatenated, crashes XLA's compiler in jax 0.11.
+            given = jnp.zeros_like(given)
+        # Logical axes name parts of the mesh, of which nothing is left inside.
+        with nn.logical_axis_rules(()):
+            return generate(model_config, params, weights, labels, keys, given, sampling)
+
+    rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
+    return jax.shard_map(
+        part,
+        mesh=mesh,
+        in_specs=(whole, whole, whole, rows, rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )(params, weights, base_key, labels, numbers, given)
+
+
+_prepare = jax.jit(decoder.prepare, static_argnums=0)
 
 
 def balanced_labels(num: int, num_classes: int) -> Int[np.ndarray, " num"]:
@@ -84,22 +119,57 @@ def sample_tokens(
     mesh: Mesh,
     batch_size: int = 128,
     given: Int[np.ndarray, "num n"] | None = None,
-    progress: bool = False,
 ) -> Int[np.ndarray, "num N"]:
     """Draws any number of images in batches over all devices.
 
-    Image number i depends on (seed, i) and its label alone: in float32 the same for any
-    batch size and any number of devices.
+    Arguments, errors and what an image depends on are those of `sample_batches`, which gives
+    the images as they come.
+    """
+    size = _batch_rows(mesh, batch_size, len(labels))
+    batches = [np.arange(len(labels))[i : i + size] for i in range(0, len(labels), size)]
+    drawn = sample_batches(
+        model_config,
+        params,
+        labels,
+        batches,
+        sampling=sampling,
+        seed=seed,
+        mesh=mesh,
+        batch_size=size,
+        given=given,
+    )
+    return np.concatenate([tokens for _, tokens in drawn])
+
+
+def sample_batches(
+    model_config: ModelConfig,
+    params: PyTree,
+    labels: Int[np.ndarray, " num"],
+    batches: Iterable[Int[np.ndarray, " b"]],
+    *,
+    sampling: SamplingConfig,
+    seed: int,
+    mesh: Mesh,
+    batch_size: int = 128,
+    given: Int[np.ndarray, "num n"] | None = None,
+) -> Iterator[tuple[Int[np.ndarray, " b"], Int[np.ndarray, "b N"]]]:
+    """Draws some of `num` images, batch by batch over all devices.
+
+    Image number i depends on (seed, i), its label and its given codes alone: in float32 the
+    same for any batches and any number of devices.
 
     Args:
       model_config, params: the generator.
-      labels: class of each image; num_classes for none.
+      labels: class of each of all images; num_classes for none.
+      batches: numbers of the images to draw, at most batch_size at a time.
       sampling: guidance and filters.
       seed: of all images.
-      mesh: the devices; batches are split over its data and fsdp axes.
-      batch_size: images at a time, rounded up to a multiple of the devices.
-      given: the first n codes of each image.
-      progress: show a bar.
+      mesh: the devices; each has all parameters and an equal part of every batch.
+      batch_size: images at a time; computed are as many as the devices share evenly.
+      given: the first n codes of each of all images.
+
+    Returns:
+      an iterator of each batch's numbers and its images' codes, in every process.
 
     Raises:
       ValueError: for a label or given code out of range.
@@ -107,30 +177,27 @@ def sample_tokens(
     labels = np.asarray(labels, np.int32)
     given = np.zeros((len(labels), 0), np.int32) if given is None else np.asarray(given, np.int32)
     _check(model_config, labels, given)
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    size = -(-min(batch_size, len(labels)) // parts) * parts
-    rows = batch_sharding(mesh)
-    # Jitted, as the keys of several processes can only be made where they will live.
-    make_keys = jax.jit(
-        jax.vmap(lambda number: jax.random.fold_in(jax.random.key(seed), number)),
-        out_shardings=rows,
-    )
-    out = []
-    for start in tqdm(range(0, len(labels), size), unit="batch", disable=not progress):
-        # The last batch is filled up with repeats: one shape, one compilation.
-        numbers = np.arange(start, start + size)
-        source = np.minimum(numbers, len(labels) - 1)
-        tokens = _jitted_generate(
-            model_config,
-            params,
-            jax.device_put(labels[source], rows),
-            make_keys(jax.device_put(numbers, rows)),
-            jax.device_put(given[source], rows),
-            sampling,
+    size = _batch_rows(mesh, batch_size, len(labels))
+    rows, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), replicated(mesh)
+    params = jax.device_put(params, whole)
+    weights = _prepare(model_config, params)
+    base_key = jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), whole)
+
+    def draw_batch(numbers):
+        # Filled up with repeats: one shape, one compilation.
+        filled = np.pad(numbers, (0, size - len(numbers)), mode="edge")
+        of_images = jax.device_put((labels[filled], filled, given[filled]), rows)
+        tokens = _generate_everywhere(
+            model_config, sampling, mesh, params, weights, base_key, *of_images
         )
-        tokens = jax.device_put(tokens, replicated(mesh))
-        out.append(np.asarray(tokens)[: len(labels) - start])
-    return np.concatenate(out)
+        tokens = jax.device_put(tokens, whole)
+        return numbers, np.asarray(tokens)[: len(numbers)]
+
+    return map(draw_batch, batches)
+
+
+def _batch_rows(mesh: Mesh, batch_size: int, num: int) -> int:
+    return -(-min(batch_size, max(num, 1)) // mesh.size) * mesh.size
 
 
 def _check(config: ModelConfig, labels: np.ndarray, given: np.ndarray) -> None:

@@ -1,8 +1,10 @@
 """Samples as files: a labelled picture to look at, an .npz to compute with."""
 
+import io
 import math
 import os
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from jaxtyping import Integer, UInt8
@@ -86,23 +88,70 @@ def write_png(path: str | os.PathLike, image: Image.Image) -> None:
 
 def write_npz(
     path: str | os.PathLike,
-    images: UInt8[np.ndarray, "N H W C"],
+    batches: Iterable[UInt8[np.ndarray, "_ H W C"]],
     labels: Integer[np.ndarray, " N"],
+    *,
+    comment: str = "",
 ) -> None:
     """Writes samples in the ADM convention; the file appears whole or not at all.
 
     The arrays are arr_0, the images, and arr_1, the labels: what evaluators of generated
-    images read.
+    images read. They are not compressed. The same samples make the same bytes.
+
+    Args:
+      path: of the file.
+      batches: the images, in order, some at a time; none is kept.
+      labels: of all images.
+      comment: of the zip file that an .npz is, for `read_comment`.
 
     Raises:
       ValueError: a wrong dtype or shape.
     """
-    _check_images(images, labels)
-    with whole_file(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, images, labels)
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise ValueError(f"labels must be integers, got {labels.dtype}")
+    with whole_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.comment = comment.encode()
+        written, shape = 0, None
+        with _member(archive, "arr_0") as file:
+            for images in batches:
+                _check_images(images)
+                if shape is None:
+                    shape = images.shape[1:]
+                    _write_header(file, images.dtype, (len(labels), *shape))
+                if images.shape[1:] != shape:
+                    raise ValueError(
+                        f"images must be of one shape, got {shape}, {images.shape[1:]}"
+                    )
+                file.write(np.ascontiguousarray(images).data)
+                written += len(images)
+        if labels.shape != (written,):
+            raise ValueError(f"labels must be ({written},), one an image, got {labels.shape}")
+        with _member(archive, "arr_1") as file:
+            _write_header(file, labels.dtype, labels.shape)
+            file.write(np.ascontiguousarray(labels).data)
 
 
-def _check_images(images: np.ndarray, labels: np.ndarray | None) -> None:
+def read_comment(path: str | os.PathLike) -> str:
+    """The comment that `write_npz` gave a file; "" for none, a damaged file or no file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment.decode(errors="replace")
+    except (OSError, zipfile.BadZipFile):
+        return ""
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> io.BufferedIOBase:
+    # ZipInfo has a date of its own, where a bare name takes the time of day.
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+
+def _write_header(file: io.BufferedIOBase, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+    descr = np.lib.format.dtype_to_descr(dtype)
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
+def _check_images(images: np.ndarray, labels: np.ndarray | None = None) -> None:
     if images.dtype != np.uint8:
         raise ValueError(f"images must be uint8, 0 to 255, got {images.dtype}")
     if images.ndim != 4 or images.size == 0:

@@ -1,0 +1,266 @@
+"""One token at a time, as fast as it goes: `LASADGen.decode_step` over prepared weights.
+
+    weights = prepare(config, params)
+    logits, cache = model.apply(..., method="prefill")
+    cache = start(config, cache)
+    logits, cache = decode(config, weights, tokens, cache)   # as often as there are codes
+
+Layers are a tuple, not a stacked array, and their loop is unrolled: inside a scan over
+tokens every cache is then updated in place, and no weight is cast, sliced or copied.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, Int, PyTree
+
+from lasad_jax import ops
+from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.decoder_weights import LayerWeights, Weights, prepare
+from lasad_jax.models.layers import NORM_EPSILON, normalise
+from lasad_jax.models.local_conv import NUM_PREFIX
+from lasad_jax.models.mixers import FAMILIES
+from lasad_jax.models.rope import turn
+from lasad_jax.ops.kernels import choice
+from lasad_jax.ops.local_conv import TAPS, neighbour
+from lasad_jax.ops.ring import Ring, ring_step, start_ring
+
+__all__ = ["IMPLEMENTATIONS", "Cache", "decode", "prepare", "start"]
+
+IMPLEMENTATIONS = ("auto", "xla", "triton")
+
+
+@struct.dataclass
+class LASADLayer:
+    """One LASAD layer's cache; for `manhattan` the operator's own state.
+
+    `recent` is the ring of the local convolution's newest inputs, slot i % (C + 1) for token i.
+    """
+
+    state: Ring | ops.State
+    recent: Float[Array, "B W D"] | None
+
+
+@struct.dataclass
+class SoftmaxLayer:
+    """One softmax layer's keys and values."""
+
+    k: Float[Array, "B N H Dk"]
+    v: Float[Array, "B N H Dv"]
+
+
+@struct.dataclass
+class Cache:
+    """What the decoder remembers: the number of tokens seen, and each layer's own."""
+
+    index: Int[Array, ""]
+    layers: tuple[LASADLayer | SoftmaxLayer, ...]
+
+
+def start(config: ModelConfig, cache: PyTree) -> Cache:
+    """The decoder's cache from the one that `LASADGen.prefill` returned."""
+    split = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
+    if config.mixer == "softmax":
+        return Cache(split[0].index, tuple(SoftmaxLayer(layer.k, layer.v) for layer in split))
+    begin = (lambda state: state) if config.decay == "manhattan" else start_ring
+    layers = tuple(LASADLayer(begin(layer.state), layer.recent) for layer in split)
+    return Cache(split[0].state.index, layers)
+
+
+def resolve_implementation(config: ModelConfig, implementation: str = "auto") -> str:
+    """The form that "auto" stands for on this device; any other, if it can run.
+
+    Raises:
+      ValueError: for an unknown form, or saying why the named one cannot run.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation: {implementation!r} is not one of {IMPLEMENTATIONS}")
+    if implementation == "xla":
+        return implementation
+    obstacle = _obstacle(config)
+    if implementation == "auto":
+        return "triton" if obstacle is None else "xla"
+    if obstacle:
+        raise ValueError(f"implementation: 'triton' cannot decode here: {obstacle}; use 'xla'")
+    return implementation
+
+
+def _obstacle(config: ModelConfig) -> str | None:
+    if config.mixer != "lasad" or config.decay == "manhattan":
+        name = "softmax" if config.mixer == "softmax" else config.decay
+        return f"it decodes single recurrences, not {name!r}"
+    q, v = (
+        jax.ShapeDtypeStruct((1, 1, config.num_heads, size), config.compute_dtype)
+        for size in (config.query_dim, config.value_dim)
+    )
+    return choice.obstacle("triton", q, v, FAMILIES[config.decay], NUM_PREFIX)
+
+
+def decode(
+    config: ModelConfig,
+    weights: Weights,
+    tokens: Int[Array, " B"],
+    cache: Cache,
+    *,
+    implementation: str = "auto",
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Reads one code of each image; returns the logits of the next and the new cache.
+
+    Args:
+      config: the generator's.
+      weights: from `prepare`.
+      tokens: codes.
+      cache: from `start` or `decode`.
+      implementation: "xla" runs anywhere, "triton" is two kernels for NVIDIA GPUs, "auto"
+        the kernels where they can run.
+
+    Returns:
+      float32 logits and the cache after the codes.
+
+    Raises:
+      ValueError: as `resolve_implementation`.
+    """
+    form = resolve_implementation(config, implementation)
+    mixer = _softmax if config.mixer == "softmax" else functools.partial(_lasad, form)
+    x = jnp.take(weights.embedding, tokens, axis=0)
+    layers = []
+    for layer, remembered in zip(weights.layers, cache.layers, strict=True):
+        mixed, remembered = mixer(config, weights, layer, x, remembered, cache.index)
+        layers.append(remembered)
+        x = project_add(mixed, layer.out, x)
+        x = project_add(swiglu(normalise(x), layer.gate_up), layer.down, x)
+    logits = project(normalise(x), weights.head)
+    return logits.astype(jnp.float32), Cache(cache.index + 1, tuple(layers))
+
+
+# Matrix products
+
+
+def project(x: Float[Array, "B D"], w: Float[Array, "D E"]) -> Float[Array, "B E"]:
+    """x w."""
+    return x @ w
+
+
+def project_add(
+    x: Float[Array, "B D"], w: Float[Array, "D E"], residual: Float[Array, "B E"]
+) -> Float[Array, "B E"]:
+    """residual + x w."""
+    return residual + x @ w
+
+
+def swiglu(x: Float[Array, "B D"], w: Float[Array, "D 2*F"]) -> Float[Array, "B F"]:
+    """silu(gate) * up of [gate | up] = x w."""
+    gate, up = jnp.split(x @ w, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+# Mixers
+
+
+def _lasad(form, config, weights, layer, x, cache, index):
+    x, recent = _norm_conv(form, config, layer, x, cache.recent, index)
+    projection = project(x, layer.projection)
+    if form == "triton":
+        from lasad_jax.ops.kernels import decode_triton
+
+        out, state = decode_triton.mix(
+            cache.state,
+            projection,
+            index,
+            log_factor=layer.log_factor,
+            turns=weights.turns,
+            gate_bias=layer.gate_bias,
+            epsilon=NORM_EPSILON,
+        )
+    else:
+        out, state = mix(config, layer, projection, weights.turns, cache.state, index)
+    return out.reshape(x.shape[0], -1), LASADLayer(state, recent)
+
+
+def _norm_conv(form, config, layer, x, recent, index):
+    if recent is None:
+        return normalise(x), None
+    if form == "triton":
+        from lasad_jax.ops.kernels import decode_triton
+
+        return decode_triton.norm_conv(
+            x,
+            recent,
+            index,
+            taps=layer.conv,
+            offsets=TAPS,
+            columns=config.grid[1],
+            epsilon=NORM_EPSILON,
+        )
+    return norm_conv(config, layer, x, recent, index)
+
+
+def norm_conv(
+    config: ModelConfig,
+    layer: LayerWeights,
+    x: Float[Array, "B D"],
+    recent: Float[Array, "B W D"],
+    index: Int[Array, ""],
+) -> tuple[Float[Array, "B D"], Float[Array, "B W D"]]:
+    """RMSNorm, then the local convolution of one token, and the ring of its newest inputs."""
+    x = normalise(x)
+    window, columns = recent.shape[1], config.grid[1]
+    places = [neighbour(index, tap, columns, NUM_PREFIX) for tap in range(len(TAPS))]
+    source, exists = (jnp.stack(parts) for parts in zip(*places, strict=True))
+    neighbours = jnp.take(recent, source % window, axis=1).at[:, 0].set(x)
+    kernel = (layer.conv * exists[:, None]).astype(x.dtype)
+    y = x + jnp.einsum("btd,td->bd", neighbours, kernel)
+    recent = jax.lax.dynamic_update_slice_in_dim(recent, x[:, None], index % window, axis=1)
+    return y, recent
+
+
+def mix(
+    config: ModelConfig,
+    layer: LayerWeights,
+    projection: Float[Array, "B columns"],
+    turns: Float[Array, "tokens 2 Dk"] | None,
+    state: Ring | ops.State,
+    index: Int[Array, ""],
+) -> tuple[Float[Array, "B H Dv"], Ring | ops.State]:
+    """From a token's projections to the gated output of every head, and the state after it."""
+    q, k, v, out_gate = _split_heads(config, projection, 4)
+    q, k, out_gate = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(out_gate)
+    if config.rope:
+        q, k = turn(q, turns[index]), turn(k, turns[index])
+    q *= config.query_dim**-0.5
+    if isinstance(state, Ring):
+        place = index - NUM_PREFIX
+        g = layer.log_factor[place]
+        if config.selective:
+            first = config.num_heads * 2 * (config.query_dim + config.value_dim)
+            gate = projection[:, first : first + config.num_heads].astype(jnp.float32)
+            g -= jax.nn.softplus(gate + layer.gate_bias)
+        out, state = ring_step(state, q, k, v, g, place)
+    else:
+        out, state = ops.step(state, q, k, v, layer.decay, grid=config.grid)
+    return normalise(out) * out_gate, state
+
+
+def _softmax(config, weights, layer, x, cache, index):
+    projection = project(normalise(x), layer.projection)
+    q, k, v = _split_heads(config, projection, 3)
+    if config.rope:
+        q, k = turn(q, weights.turns[index]), turn(k, weights.turns[index])
+    update = jax.lax.dynamic_update_slice_in_dim
+    k = update(cache.k, k[:, None], index, axis=1)
+    v = update(cache.v, v[:, None], index, axis=1)
+    seen = index >= jnp.arange(k.shape[1])
+    out = jax.nn.dot_product_attention(q[:, None], k, v, mask=seen[None, None, None])
+    return out.reshape(x.shape[0], -1), SoftmaxLayer(k, v)
+
+
+def _split_heads(config, projection, num_parts):
+    """[q | k | v | out_gate] of all heads, or as many of them as there are."""
+    sizes = (config.query_dim, config.query_dim, config.value_dim, config.value_dim)[:num_parts]
+    lead, width = projection.shape[:-1], sum(sizes)
+    heads = projection[..., : config.num_heads * width].reshape(*lead, config.num_heads, width)
+    ends = [sum(sizes[: i + 1]) for i in range(num_parts - 1)]
+    return jnp.split(heads, ends, axis=-1)
+

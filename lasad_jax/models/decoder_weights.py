@@ -1,0 +1,129 @@
+"""The generator's parameters as decoding wants them: cast, fused and split by layer once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float, PyTree
+
+from lasad_jax import ops
+from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.local_conv import NUM_PREFIX
+from lasad_jax.models.mixers import FAMILIES
+from lasad_jax.models.rope import turn_table
+
+# The fused projection is this many columns wide, or a multiple: what matrix products like.
+_COLUMNS = 64
+
+
+@struct.dataclass
+class LayerWeights:
+    """One layer. Matrices are in the compute dtype, all else in float32. The scale of each norm
+    is in the rows of the matrix that follows it.
+
+    Attributes:
+      conv: taps of the local convolution, in the compute dtype.
+      projection: to [q | k | v | out_gate] of one head after the other, then the decay
+        gates of all heads, then columns of zeros; for softmax to [q | k | v] of each head.
+      gate_bias: bias of the decay gates.
+      decay: LASAD's rates.
+      log_factor: the log-factor of the step to each place, where the decay is a recurrence.
+      out, gate_up, down: output projection; gate beside up, and down, of the feed-forward.
+    """
+
+    conv: Float[Array, "taps D"] | None
+    projection: Float[Array, "D columns"]
+    gate_bias: Float[Array, " H"] | None
+    decay: ops.Decay | None
+    log_factor: Float[Array, "places H"] | None
+    out: Float[Array, "H*Dv D"]
+    gate_up: Float[Array, "D 2*F"]
+    down: Float[Array, "F D"]
+
+
+@struct.dataclass
+class Weights:
+    """All that decoding multiplies with.
+
+    Attributes:
+      embedding: of the codes.
+      turns: for each token, prefix included, what RoPE multiplies a head by and what it
+        multiplies its swapped pairs by: (cos, cos) and (-sin, sin).
+      layers: one after the other.
+      head: the way to the logits, the last norm's scale included.
+    """
+
+    embedding: Float[Array, "V D"]
+    turns: Float[Array, "tokens 2 Dk"] | None
+    layers: tuple[LayerWeights, ...]
+    head: Float[Array, "D V"]
+
+
+def prepare(config: ModelConfig, params: PyTree) -> Weights:
+    """Weights of the decoder from `LASADGen`'s parameters (unboxed, layers stacked)."""
+    matrix = lambda x: jnp.asarray(x, config.compute_dtype)
+    exact = lambda x: jnp.asarray(x, jnp.float32)
+    turns = None
+    if config.rope:
+        # As in the mixers; LlamaGen's table is all zeros for the prefix.
+        scale = 1.0 if config.mixer == "lasad" else 0.0
+        table = turn_table(config.grid, config.query_dim, prefix_scale=scale, num_prefix=NUM_PREFIX)
+        turns = jnp.asarray(table, jnp.float32)
+    layers = tuple(
+        _layer(config, jax.tree.map(lambda x, i=i: x[i], params["blocks"]), matrix, exact)
+        for i in range(config.num_layers)
+    )
+    return Weights(
+        embedding=matrix(params["token_embedding"]["embedding"]),
+        turns=turns,
+        layers=layers,
+        head=matrix(params["final_norm"]["scale"][:, None] * params["head"]["kernel"]),
+    )
+
+
+def _layer(config: ModelConfig, params: PyTree, matrix, exact) -> LayerWeights:
+    mixer, ffn = params["mixer"], params["ffn"]
+    lasad = config.mixer == "lasad"
+    names = ("q", "k", "v", "out_gate") if lasad else ("q", "k", "v")
+
+    def kernel(module, norm):
+        rows = module["kernel"]
+        scale = params[norm]["scale"]
+        return matrix(rows * scale.reshape(-1, *(1,) * (rows.ndim - 1)))
+
+    per_head = jnp.concatenate([kernel(mixer[name], "mixer_norm") for name in names], axis=2)
+    columns = [per_head.reshape(config.width, -1)]
+    gate = mixer.get("decay_gate")
+    if gate is not None:
+        columns.append(kernel(gate, "mixer_norm"))
+        missing = -sum(x.shape[1] for x in columns) % _COLUMNS
+        columns.append(jnp.zeros((config.width, missing), config.compute_dtype))
+
+    decay = log_factor = None
+    if lasad:
+        decay = decay_of(config, mixer)
+        if config.decay != "manhattan":
+            places = jnp.arange(config.num_tokens)
+            log_factor = decay.step_log_factor(places, config.grid)
+            log_factor = jnp.broadcast_to(log_factor, (len(places), config.num_heads))
+    out = mixer["out"]["kernel"]
+    if lasad:
+        out = out * mixer["norm"]["scale"][..., None]
+    return LayerWeights(
+        conv=matrix(mixer["conv"]["kernel"]) if "conv" in mixer else None,
+        projection=jnp.concatenate(columns, axis=1),
+        gate_bias=None if gate is None else exact(gate["bias"]),
+        decay=decay,
+        log_factor=log_factor,
+        out=matrix(out).reshape(-1, config.width),
+        gate_up=jnp.concatenate([kernel(ffn[name], "ffn_norm") for name in ("gate", "up")], axis=1),
+        down=matrix(ffn["down"]["kernel"]),
+    )
+
+
+def decay_of(config: ModelConfig, mixer: PyTree) -> ops.Decay:
+    """The decay with the rates that the parameters of a mixer hold."""
+    family = FAMILIES[config.decay]
+    rate = lambda name: jax.nn.softplus(jnp.asarray(mixer[name], jnp.float32))
+    return family(**{field.name: rate(field.name) for field in dataclasses.fields(family)})
