@@ -14,8 +14,8 @@ from PIL import Image
 
 from lasad_jax.benchmarks import operator, torch_peers
 from lasad_jax.benchmarks.cases import Case, Shape, call, random_tokens
+from lasad_jax.benchmarks.limits import copy_bytes_per_second
 from lasad_jax.benchmarks.timing import (
-    copy_bytes_per_second,
     seconds_in_one_program,
     seconds_per_call,
 )

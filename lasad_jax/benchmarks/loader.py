@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from absl import app, flags
 
-from lasad_jax.data.codes import CodeExamples, Job, write_codes
+from lasad_jax.benchmarks.random_codes import write_random_codes
+from lasad_jax.data.codes import CodeExamples
 from lasad_jax.data.loader import train_batches
-from lasad_jax.data.sources.base import Example
 
 _IMAGES = flags.DEFINE_integer("images", 100_000, "Images.")
 _AUGMENTATIONS = flags.DEFINE_integer("augmentations", 10, "Augmentations of each.")
@@ -30,47 +30,6 @@ _THREADS = flags.DEFINE_list("threads", ["1", "2"], "Threads that make batches."
 _SECONDS = flags.DEFINE_float("seconds", 3.0, "Of each timing.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Timings of each.")
 _VOCAB = 16384
-
-
-class BlankImages:
-    """One pixel for each image; its number is its class."""
-
-    def __init__(self, size: int):
-        self.class_names = tuple(f"class{i}" for i in range(1000))
-        self._size = size
-
-    def __len__(self) -> int:
-        return self._size
-
-    def __getitem__(self, index: int) -> Example:
-        return Example(np.zeros((1, 1, 1), np.uint8), index % 1000)
-
-    def name(self, index: int) -> str:
-        """The number."""
-        return str(index)
-
-
-def write_random_codes(directory: Path) -> None:
-    """Codes as the flags say, in one split "train"."""
-    sources = {"train": BlankImages(_IMAGES.value)}
-    rng = np.random.default_rng(0)
-    job = Job.of_sources(
-        sources,
-        source={"name": "random"},
-        tokenizer="",
-        grid=(1, _TOKENS.value),
-        vocab_size=_VOCAB,
-        views={"train": tuple(map(str, range(_AUGMENTATIONS.value)))},
-        images_per_shard=_PER_SHARD.value,
-    )
-    write_codes(
-        directory,
-        job,
-        sources,
-        {"train": lambda image: np.repeat(image[None], _AUGMENTATIONS.value, 0)},
-        lambda pixels: rng.integers(0, _VOCAB, (len(pixels), _TOKENS.value), np.uint16),
-        batch_size=4096,
-    )
 
 
 def samples_per_second(make_batch: Callable[[], object]) -> tuple[float, float]:
@@ -90,7 +49,15 @@ def main(argv: list[str]) -> None:
     del argv
     rng = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as folder:
-        write_random_codes(Path(folder))
+        write_random_codes(
+            Path(folder),
+            images=_IMAGES.value,
+            augmentations=_AUGMENTATIONS.value,
+            grid=(1, _TOKENS.value),
+            vocab_size=_VOCAB,
+            images_per_shard=_PER_SHARD.value,
+            progress=True,
+        )
         examples = CodeExamples(folder, "train")
         rows = lambda: rng.integers(0, len(examples), _BATCH.value)
         examples.batch(np.arange(len(examples)))  # opens every shard

@@ -5,8 +5,8 @@ from collections.abc import Callable
 
 from lasad_jax import ops
 from lasad_jax.benchmarks.cases import Case, call, random_tokens, with_learned
+from lasad_jax.benchmarks.tables import one_line
 from lasad_jax.benchmarks.timing import NUM_SETS
-from lasad_jax.benchmarks.torch_peers import one_line
 
 
 def attention_of(case: Case, form: str) -> Callable:

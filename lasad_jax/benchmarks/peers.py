@@ -10,8 +10,8 @@ import jax
 
 from lasad_jax.benchmarks import torch_peers
 from lasad_jax.benchmarks.cases import Case, call, random_tokens
+from lasad_jax.benchmarks.tables import one_line
 from lasad_jax.benchmarks.timing import NUM_SETS
-from lasad_jax.benchmarks.torch_peers import one_line
 
 _IN_JAX = "softmax"
 # Names on the command line, and as shown.

@@ -1,76 +1,57 @@
-"""The operator's timings as a table (Markdown) and as a picture."""
+"""The operator's timings: columns of its tables, and a picture."""
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-COLUMNS = (
-    "B x R x C x H",
-    "dtype",
-    "direction",
-    "decay",
-    "form",
-    "floor",
-    "ours",
-    "/ floor",
-    "TB/s",
+from lasad_jax.benchmarks.plots import new_figure, save
+from lasad_jax.benchmarks.tables import Column, column, microseconds, ratio
+
+_SHAPE = "B x R x C x H"
+
+
+def _per_token(row: dict) -> str | None:
+    return f"{1e9 * row['seconds'] / row['tokens']:.1f}" if "seconds" in row else None
+
+
+_START = (
+    column("dtype", "dtype"),
+    column("direction", "direction", width=16),
 )
-GROWTH_COLUMNS = ("tokens", "grid", "dtype", "direction", "form", "ours", "ns/token", "/ floor")
-_WIDTHS = {"direction": 16, "form": 11, "B x R x C x H": 13}
+GROWTH_COLUMNS = (
+    column("tokens", "tokens"),
+    column("grid", "shape", lambda shape: "x".join(shape.split("x")[1:3])),
+    *_START,
+    column("form", "form", width=11),
+    column("ours", "seconds", microseconds),
+    Column("ns/token", _per_token),
+    column("/ floor", "over_floor", ratio),
+)
 
 
-def line(cells: Iterable[str], columns: Sequence[str]) -> str:
-    """One row of a Markdown table, padded to its columns."""
-    widths = (max(len(name), _WIDTHS.get(name, 9)) for name in columns)
-    return "| " + " | ".join(f"{c:{w}}" for c, w in zip(cells, widths, strict=True)) + " |"
+def columns(peers: Sequence[str]) -> tuple[Column, ...]:
+    """Times in microseconds; those of peers with the ratio ours / theirs."""
+    return (
+        column(_SHAPE, "shape", width=13),
+        *_START,
+        column("decay", "decay"),
+        column("form", "form", width=11),
+        column("floor", "floor_seconds", microseconds),
+        column("ours", "seconds", microseconds),
+        column("/ floor", "over_floor", ratio),
+        column("TB/s", "bytes_per_second", lambda speed: f"{speed / 1e12:.3g}"),
+        *(Column(peer, functools.partial(_peer_cell, peer)) for peer in peers),
+    )
 
 
-def head(columns: Sequence[str]) -> str:
-    """The first two lines of a table."""
-    return line(columns, columns) + "\n" + "| --- " * len(columns) + "|"
-
-
-def microseconds(seconds: float) -> str:
-    """Three digits or more."""
-    value = 1e6 * seconds
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def row_line(row: dict, peers: Sequence[str]) -> str:
-    """One row: times in microseconds, those of peers with the ratio ours / theirs.
-
-    Args:
-      row: from `ours.time_row`.
-      peers: names of the last columns.
-    """
-    start = [row[name] for name in ("shape", "dtype", "direction", "decay", "form")]
-    floor = microseconds(row["floor_seconds"])
-    if "skipped" in row:
-        cells = [*start, floor, row["skipped"], "-", "-", *["-"] * len(peers)]
-        return line(cells, (*COLUMNS, *peers))
-    peer_cells = [
-        f"{microseconds(row['peers'][p])} ({row['ratios'][p]:.2f})" if p in row["peers"] else "-"
-        for p in peers
-    ]
-    speed = f"{row['bytes_per_second'] / 1e12:.3g}"
-    ours = [microseconds(row["seconds"]), f"{row['over_floor']:.2f}", speed]
-    return line([*start, floor, *ours, *peer_cells], (*COLUMNS, *peers))
-
-
-def growth_line(row: dict) -> str:
-    """One row of the table of long sequences."""
-    grid = "x".join(row["shape"].split("x")[1:3])
-    start = [str(row["tokens"]), grid, row["dtype"], row["direction"], row["form"]]
-    if "skipped" in row:
-        return line([*start, row["skipped"], "-", "-"], GROWTH_COLUMNS)
-    per_token = f"{1e9 * row['seconds'] / row['tokens']:.1f}"
-    cells = [*start, microseconds(row["seconds"]), per_token, f"{row['over_floor']:.2f}"]
-    return line(cells, GROWTH_COLUMNS)
+def _peer_cell(peer: str, row: dict) -> str | None:
+    if peer not in row.get("ratios", ()):
+        return None
+    return f"{microseconds(row['peers'][peer])} ({row['ratios'][peer]:.2f})"
 
 
 def draw(results: dict, path: Path) -> None:
@@ -78,13 +59,12 @@ def draw(results: dict, path: Path) -> None:
     rows = [row for row in results["rows"] if "skipped" not in row]
     panels = list(dict.fromkeys((row["dtype"], row["direction"]) for row in rows)) or [()]
     height = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(13, 4.2 * height), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(13, 4.2 * height)
     all_axes = figure.subplots(height, 2, squeeze=False).flatten()
     for axes, panel in zip(all_axes, panels, strict=False):
         chosen = [row for row in rows if (row["dtype"], row["direction"]) == panel]
         _draw_panel(axes, chosen)
-        axes.set(title=", ".join(panel), xlabel=COLUMNS[0], ylabel="microseconds", yscale="log")
+        axes.set(title=", ".join(panel), xlabel=_SHAPE, ylabel="microseconds", yscale="log")
         axes.yaxis.set_major_formatter(LogFormatter())
         axes.yaxis.set_minor_formatter(LogFormatter())
         axes.grid(axis="y", which="both", alpha=0.2)
@@ -97,7 +77,7 @@ def draw(results: dict, path: Path) -> None:
         }
     figure.legend(lines.values(), lines.keys(), loc="outside right upper")
     figure.suptitle(results["device"])
-    figure.savefig(path, format="png", dpi=120)
+    save(figure, path)
 
 
 def _draw_panel(axes: Axes, rows: list[dict]) -> None:

@@ -1,11 +1,10 @@
-"""Time of one call among many, and how fast memory can be copied."""
+"""Time of one call among many."""
 
 import math
 import time
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 
 # So many different inputs take turns that no cache holds the next one.
 NUM_SETS = 3
@@ -59,21 +58,3 @@ def seconds_in_one_program(
     together = jax.jit(lambda *sets: [function(*inputs) for inputs in sets])
     runs = seconds_per_call(together, [tuple(input_sets)], repeats=repeats, min_seconds=min_seconds)
     return [run / len(input_sets) for run in runs]
-
-
-def copy_bytes_per_second(
-    num_bytes: int, *, repeats: int, min_seconds: float = 0.0
-) -> dict[str, float]:
-    """Bytes read plus bytes written per second, best of the repeats, for two ways to copy.
-
-    Args:
-      num_bytes: size of the array; far larger than any cache.
-      repeats, min_seconds: as in `seconds_per_call`.
-    """
-    array = jax.random.bits(jax.random.key(0), (num_bytes // 4,), jnp.uint32)
-    ways = {"copy": jnp.copy, "kernel": lambda x: x + 1}
-    rates = {}
-    for name, way in ways.items():
-        runs = seconds_per_call(jax.jit(way), [(array,)], repeats=repeats, min_seconds=min_seconds)
-        rates[name] = 2 * array.nbytes / min(runs)
-    return rates

@@ -12,6 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 
+from lasad_jax.benchmarks.tables import one_line
+
 
 def softmax() -> Callable:
     """Flash attention, causal."""
@@ -123,12 +125,6 @@ def time_case(attention: Callable, case: dict, request: dict) -> dict:
             timed[name] = one_line(error)
     torch.cuda.empty_cache()
     return timed
-
-
-def one_line(error: BaseException) -> str:
-    """The first line of what went wrong."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:200]
 
 
 def answer(request: dict) -> dict:

@@ -11,29 +11,26 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# Logits that exist at a time: half a gigabyte in bfloat16.
+from lasad_jax.models.operator import mesh_axes
+from lasad_jax.ops.row_losses import row_losses
+
+# Logits that exist on a device at a time: half a gigabyte in bfloat16.
 _MAX_LOGITS = 2**28
-
-
-def _parts(num_images: int, num_tokens: int, vocab_size: int) -> list[slice]:
-    """Slices of the token axis: no image is moved to another device, as of the batch axis."""
-    count = min(num_tokens, math.ceil(num_images * num_tokens * vocab_size / _MAX_LOGITS))
-    size = math.ceil(num_tokens / count)
-    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
 
 def token_losses(
     x: Float[Array, "B N D"], kernel: Float[Array, "D V"], tokens: Int[Array, "B N"]
 ) -> Float[Array, "B N"]:
-    """Cross-entropy of every token, in nats (float32).
+    """Cross-entropy of every token, in nats (float32), for evaluation: `mean_loss` has a gradient.
 
     Args:
       x: what the head reads, in the dtype of its product.
       kernel: of the head; cast to the dtype of x.
       tokens: the codes to be predicted.
     """
+    weights = kernel.astype(x.dtype)
     parts = _parts(*tokens.shape, kernel.shape[-1])
-    losses = [_losses(x[:, part], kernel.astype(x.dtype), tokens[:, part])[0] for part in parts]
+    losses = [_losses(x[:, part], weights, tokens[:, part], False)[0] for part in parts]
     return jnp.concatenate(losses, axis=1)
 
 
@@ -46,17 +43,14 @@ def mean_loss(
 
 
 def _mean_loss_forward(x, kernel, tokens):
-    weights = kernel.astype(x.dtype)
-    total, d_x, d_kernel = 0.0, [], jnp.zeros(kernel.shape, jnp.float32)
+    weights, wide = kernel.astype(x.dtype), jnp.promote_types(x.dtype, jnp.float32)
+    total, d_x, d_kernel = 0.0, [], 0.0
     for part in _parts(*tokens.shape, kernel.shape[-1]):
-        rows = x[:, part]
-        losses, d_logits = _losses(rows, weights, tokens[:, part])
+        losses, d_logits = _losses(x[:, part], weights, tokens[:, part], True)
         total += losses.sum()
-        d_logits = d_logits.astype(x.dtype).reshape(-1, kernel.shape[-1])
-        d_x.append((d_logits @ weights.T).reshape(rows.shape))
-        d_kernel += jnp.matmul(
-            rows.reshape(-1, x.shape[-1]).T, d_logits, preferred_element_type=jnp.float32
-        )
+        d_logits, rows = _matrix(d_logits), _matrix(x[:, part])
+        d_x.append((d_logits @ weights.T).reshape(*losses.shape, -1))
+        d_kernel += jnp.matmul(rows.T, d_logits, preferred_element_type=wide)
     # The division waits for the gradient's consumer: in float16 it would underflow here.
     return total / tokens.size, (jnp.concatenate(d_x, axis=1), d_kernel, kernel, tokens)
 
@@ -64,20 +58,46 @@ def _mean_loss_forward(x, kernel, tokens):
 def _mean_loss_backward(residuals, gradient):
     d_x, d_kernel, kernel, tokens = residuals
     scale = gradient / tokens.size
-    d_x = (d_x.astype(jnp.float32) * scale).astype(d_x.dtype)
+    d_x = (d_x.astype(d_kernel.dtype) * scale).astype(d_x.dtype)
     return d_x, (d_kernel * scale).astype(kernel.dtype), None
 
 
 mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
 
 
+def _parts(num_images: int, num_tokens: int, vocab_size: int) -> list[slice]:
+    """Slices of the token axis: no image is moved to another device, as of the batch axis."""
+    devices = _devices("batch", num_images) * _devices("vocab", vocab_size)
+    count = math.ceil(num_images * num_tokens * vocab_size / (devices * _MAX_LOGITS))
+    size = math.ceil(num_tokens / min(num_tokens, count))
+    return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
+
+
 def _losses(
-    x: Float[Array, "B n D"], weights: Float[Array, "D V"], tokens: Int[Array, "B n"]
-) -> tuple[Float[Array, "B n"], Float[Array, "B n V"]]:
-    """Losses of some tokens and their gradients with respect to the logits, in float32."""
-    logits = x.reshape(-1, x.shape[-1]) @ weights
-    logits = logits.reshape(*tokens.shape, -1).astype(jnp.float32)
-    right = tokens[..., None] == jnp.arange(logits.shape[-1])
-    log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    losses = log_sum[..., 0] - jnp.sum(jnp.where(right, logits, 0.0), axis=-1)
-    return losses, jnp.exp(logits - log_sum) - right
+    x: Float[Array, "B n D"],
+    weights: Float[Array, "D V"],
+    tokens: Int[Array, "B n"],
+    with_gradient: bool,
+) -> tuple[Float[Array, "B n"], Float[Array, "B n V"] | None]:
+    """Losses of some tokens and their gradients with respect to the logits."""
+    logits = (_matrix(x) @ weights).reshape(*tokens.shape, -1)
+    # The kernel takes whole rows; XLA's own operations add up over those that are split.
+    split = _devices("vocab", logits.shape[-1]) > 1
+    return row_losses(
+        logits,
+        tokens,
+        with_gradient=with_gradient,
+        implementation="plain" if split else "auto",
+        batch_axes=mesh_axes("batch", tokens.shape[0]),
+    )
+
+
+def _matrix(x: Float[Array, "B n D"]) -> Float[Array, "M D"]:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _devices(name: str, size: int) -> int:
+    """How many devices of the current mesh a logical axis of this size is split over."""
+    axes = mesh_axes(name, size)
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)

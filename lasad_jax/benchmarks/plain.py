@@ -1,0 +1,76 @@
+"""The training step against its plain path: the same model, whole float32 logits."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lasad_jax.benchmarks.generators import GeneratorCase
+from lasad_jax.benchmarks.train_rows import Trainer, run_config
+from lasad_jax.config import Config
+from lasad_jax.models.generator import LASADGen
+from lasad_jax.training.state import TrainState, make_optimizer
+from lasad_jax.training.step import Batch, make_train_step
+
+_LEARNING_RATE, _WARMUP = 3e-4, 20
+
+
+def make_step(config: Config, *, plain: bool = False) -> Callable:
+    """The step (state, batch) -> (state, metrics), or with `plain` what it has to agree with.
+
+    The plain step takes optax's cross-entropy of all logits at once, in float32. It draws the
+    same dropout, keeps no average and takes the batch whole.
+    """
+    if not plain:
+        return make_train_step(config)
+    model, optimizer = LASADGen(config.model, train=True), make_optimizer(config)
+
+    def loss(params, batch, key):
+        logits = model.apply(
+            {"params": params}, batch["tokens"], batch["labels"], rngs={"dropout": key}
+        )
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits.astype(jnp.float32), batch["tokens"]
+        )
+        return losses.mean()
+
+    def step(state: TrainState, batch: Batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        value, gradient = jax.value_and_grad(loss)(state.params, batch, key)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, None), {"loss": value}
+
+    return step
+
+
+def loss_curves(case: GeneratorCase, mixer: str, steps: int) -> dict[str, list[float]]:
+    """Losses of the first steps by the plain path, by the step, and by the plain path rounded
+    otherwise: the operator in its `chunked` form, which shows how far bf16 alone drives curves
+    apart (nothing for softmax, which has one form).
+    """
+    ways = {"plain": ("auto", True), "step": ("auto", False)}
+    if mixer == "lasad":
+        ways["plain, chunked operator"] = ("chunked", True)
+    curves = {}
+    for name, (form, plain) in ways.items():
+        config = run_config(case, mixer, implementation=form)
+        optimizer = dataclasses.replace(
+            config.optimizer, learning_rate=_LEARNING_RATE, warmup_steps=_WARMUP
+        )
+        config = dataclasses.replace(config, optimizer=optimizer)
+        trainer = Trainer(config, lambda config, plain=plain: make_step(config, plain=plain))
+        losses = [trainer(trainer.batch(step))["loss"] for step in range(steps)]
+        curves[name] = [float(loss) for loss in jax.device_get(losses)]
+    return curves
+
+
+def largest_differences(curves: dict[str, list[float]]) -> dict[str, float]:
+    """How far each curve strays from the first one at most."""
+    (_, reference), *others = curves.items()
+    return {
+        name: max(abs(a - b) for a, b in zip(losses, reference, strict=True))
+        for name, losses in others
+    }

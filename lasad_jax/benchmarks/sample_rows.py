@@ -1,0 +1,142 @@
+"""Drawing images on the device: its time over the bytes it must read, along the sequence too."""
+
+import functools
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from lasad_jax.benchmarks import counts, decoding, llamagen
+from lasad_jax.benchmarks.generators import GeneratorCase
+from lasad_jax.benchmarks.limits import AllocatorPeak, compiled_bytes
+from lasad_jax.benchmarks.tables import one_line
+from lasad_jax.benchmarks.timing import seconds_per_call
+from lasad_jax.models import ModelConfig, count_parameters
+from lasad_jax.models.generator import init_parameters
+from lasad_jax.training.state import unbox
+
+_ROWS_PER_IMAGE = 2  # guidance: with the class and without
+
+
+def _make_prepared(config: ModelConfig) -> PyTree:
+    return decoding.prepare(config, unbox(init_parameters(config, jax.random.key(0))))
+
+
+def _make_inputs(case: GeneratorCase, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+    labels = jnp.arange(case.batch) % config.num_classes
+    return labels, jax.random.split(jax.random.key(1), case.batch)
+
+
+def _compile_drawing(case: GeneratorCase, config: ModelConfig) -> jax.stages.Compiled:
+    """Nothing is allocated for it."""
+    shapes = jax.eval_shape(lambda: (_make_prepared(config), *_make_inputs(case, config)))
+    return jax.jit(functools.partial(decoding.draw_images, config)).lower(*shapes).compile()
+
+
+def time_row(case: GeneratorCase, mixer: str, *, bytes_per_second: float, how: dict) -> dict:
+    """One row of the table: medians in seconds, or under "skipped" why there are none.
+
+    Args:
+      case, mixer: which generator.
+      bytes_per_second: of a plain copy.
+      how: repeats and min_seconds, as in `seconds_per_call`.
+    """
+    config = case.model(mixer)
+    floor_bytes = counts.read_per_token(config, _ROWS_PER_IMAGE * case.batch)
+    row = {
+        "case": str(case),
+        "tokens": case.tokens,
+        "mixer": mixer,
+        "parameters": count_parameters(config),
+        "floor_bytes": floor_bytes,
+        "floor_seconds": sum(floor_bytes.values()) / bytes_per_second,
+    }
+    if peer := llamagen.SAMPLING.get(case.peer_key):
+        row["llamagen"] = peer._asdict()
+    allocator = AllocatorPeak()
+    try:
+        draw = _compile_drawing(case, config)
+        prepared = jax.jit(lambda: _make_prepared(config))()
+        # One set of inputs: what thousands of tokens leave in a cache helps no next image.
+        runs = seconds_per_call(draw, [(prepared, *_make_inputs(case, config))], **how)
+    except Exception as error:  # what does not fit says so; the others go on
+        return row | {"skipped": one_line(error)}
+    seconds = statistics.median(runs)
+    row |= {
+        "seconds": seconds,
+        "runs": runs,
+        "images_per_second": case.batch / seconds,
+        "seconds_per_token": seconds / case.tokens,
+        "over_floor": seconds / case.tokens / row["floor_seconds"],
+        "memory_bytes": compiled_bytes(draw),
+        "allocator_bytes": allocator.bytes(),
+    }
+    if peer:
+        row["over_llamagen"] = row["images_per_second"] / peer.images_per_second
+    return row
+
+
+def along_row(case: GeneratorCase, mixer: str, *, length: int, repeats: int) -> dict:
+    """Time of a token as it depends on how many came before.
+
+    Images are drawn from their first token to their last, the likeliest code each time, in
+    segments that one compiled program takes turn by turn.
+
+    Args:
+      case, mixer: which generator; rows are twice the batch, as with guidance.
+      length: tokens of a segment; tokens at the end that fill none are left out.
+      repeats: passes over the sequence, of which the median of each segment counts.
+
+    Returns:
+      "positions": tokens before each segment; "seconds_per_token" in it; or "skipped".
+    """
+    row = {"case": str(case), "mixer": mixer}
+    try:
+        runs = _pass_times(case, mixer, length=length, repeats=repeats)
+    except Exception as error:
+        return row | {"skipped": one_line(error)}
+    times = [statistics.median(passes) / length for passes in zip(*runs, strict=True)]
+    positions = [length * i for i in range(len(times))]
+    return row | {"length": length, "positions": positions, "seconds_per_token": times}
+
+
+def _pass_times(case: GeneratorCase, mixer: str, *, length: int, repeats: int) -> list[list[float]]:
+    """Seconds of each segment, for each pass; a first pass warms up and does not count."""
+    config = case.model(mixer)
+
+    def begin(prepared, labels):
+        logits, cache = decoding.begin(config, prepared, labels)
+        return jnp.argmax(logits, axis=-1), cache
+
+    def segment(prepared, tokens, cache):
+        def step(carry, _):
+            logits, cache = decoding.decode(config, prepared, *carry)
+            return (jnp.argmax(logits, axis=-1), cache), None
+
+        return jax.lax.scan(step, (tokens, cache), None, length)[0]
+
+    begin, segment = jax.jit(begin), jax.jit(segment, donate_argnums=(1, 2))
+    prepared = jax.jit(lambda: _make_prepared(config))()
+    labels = jnp.arange(_ROWS_PER_IMAGE * case.batch) % config.num_classes
+    passes = []
+    for _ in range(repeats + 1):
+        tokens, cache = jax.block_until_ready(begin(prepared, labels))
+        times = []
+        for _ in range(case.tokens // length):
+            since = time.perf_counter()
+            tokens, cache = jax.block_until_ready(segment(prepared, tokens, cache))
+            times.append(time.perf_counter() - since)
+        passes.append(times)
+    return passes[1:]
+
+
+def memory_row(case: GeneratorCase, mixer: str) -> dict:
+    """Memory of drawing a batch, compiled and not run: "memory_bytes", or "skipped"."""
+    row = {"case": str(case), "tokens": case.tokens, "mixer": mixer}
+    try:
+        compiled = _compile_drawing(case, case.model(mixer))
+    except Exception as error:
+        return row | {"skipped": one_line(error)}
+    return row | {"memory_bytes": compiled_bytes(compiled)}

@@ -1,0 +1,178 @@
+"""The training step on the device: its time, its memory, and how long it waits for codes."""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from flax import linen as nn
+from jaxtyping import Array
+
+from lasad_jax.benchmarks import counts, llamagen
+from lasad_jax.benchmarks.generators import GeneratorCase, random_batch
+from lasad_jax.benchmarks.limits import AllocatorPeak, compiled_bytes
+from lasad_jax.benchmarks.random_codes import write_random_codes
+from lasad_jax.benchmarks.tables import one_line
+from lasad_jax.benchmarks.timing import NUM_SETS, seconds_per_call
+from lasad_jax.config import Config, OptimizerConfig
+from lasad_jax.data.codes import CodeExamples
+from lasad_jax.data.loader import train_batches
+from lasad_jax.models import count_parameters
+from lasad_jax.training import sharding
+from lasad_jax.training.state import init_state
+from lasad_jax.training.step import Batch, make_train_step
+
+_EMA_DECAY = OptimizerConfig().ema_decay
+
+
+def run_config(case: GeneratorCase, mixer: str, *, ema: bool = False, **model) -> Config:
+    """A run with every default, but no average of the parameters unless asked for."""
+    return Config(
+        batch_size=case.batch,
+        model=case.model(mixer, **model),
+        optimizer=OptimizerConfig(ema_decay=_EMA_DECAY if ema else 0.0),
+    )
+
+
+class Trainer:
+    """A compiled step on one device and the state that it replaces each time.
+
+    Attributes:
+      config: of the run.
+      compiled: the step.
+      mesh: of the one device.
+    """
+
+    def __init__(self, config: Config, make_step: Callable = make_train_step):
+        """
+        Args:
+          config: of the run.
+          make_step: config to (state, batch) -> (state, metrics).
+        """
+        self.config = config
+        self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+            self._state = init_state(config, self.mesh)
+            step = jax.jit(make_step(config), donate_argnums=0)
+            self.compiled = step.lower(self._state, self.batch(0)).compile()
+
+    def __call__(self, batch: Batch) -> dict[str, Array]:
+        """Takes a step and returns its metrics."""
+        self._state, metrics = self.compiled(self._state, batch)
+        return metrics
+
+    def batch(self, seed: int) -> Batch:
+        """Random codes on the device."""
+        config = self.config
+        batch = random_batch(config.model, config.batch_size, seed)
+        return sharding.put_batch(jax.device_get(batch), self.mesh)
+
+
+def time_row(
+    case: GeneratorCase,
+    mixer: str,
+    *,
+    ema: bool,
+    product_flops_per_second: float,
+    how: dict,
+) -> dict:
+    """One row of the table: medians in seconds, or under "skipped" why there are none.
+
+    Args:
+      case, mixer: which generator.
+      ema: keep an average of the parameters.
+      product_flops_per_second: of a large matrix product.
+      how: repeats and min_seconds, as in `seconds_per_call`.
+    """
+    config = run_config(case, mixer, ema=ema)
+    tokens = case.batch * case.tokens
+    row = {
+        "case": str(case),
+        "tokens": case.tokens,
+        "mixer": mixer,
+        "parameters": count_parameters(config.model),
+        "product_parameters": counts.product_parameters(config.model),
+        "product_flops": counts.product_flops(config.model, tokens),
+        "attention_flops": counts.attention_flops(config.model, tokens),
+    }
+    if peer := llamagen.TRAINING.get(case.peer_key):
+        row["llamagen"] = peer._asdict()
+    allocator = AllocatorPeak()
+    try:
+        trainer = Trainer(config)
+        batches = [(trainer.batch(seed),) for seed in range(NUM_SETS)]
+        runs = seconds_per_call(trainer, batches, **how)
+    except Exception as error:  # a step that does not fit says so; the others go on
+        return row | {"skipped": one_line(error)}
+    seconds = statistics.median(runs)
+    flops_per_second = row["product_flops"] / seconds
+    row |= {
+        "seconds": seconds,
+        "runs": runs,
+        "seconds_per_token": seconds / tokens,
+        "images_per_second": case.batch / seconds,
+        "flops_per_second": flops_per_second,
+        "of_product": flops_per_second / product_flops_per_second,
+        "memory_bytes": compiled_bytes(trainer.compiled),
+        "allocator_bytes": allocator.bytes(),
+    }
+    if peer:
+        row["over_llamagen"] = row["images_per_second"] / peer.images_per_second
+    return row
+
+
+def loader_row(
+    case: GeneratorCase, mixer: str, *, steps: int, images: int, wait_every: int
+) -> dict:
+    """The training loop on stored codes: how much of its time passes in waiting for a batch.
+
+    Args:
+      case, mixer: which generator.
+      steps: timed, after a tenth as many (at least one) that are not.
+      images: stored.
+      wait_every: steps after which the host waits for the device, as a run's `log_every`.
+
+    Returns:
+      "share": of the host's time, passed in waiting for the next batch. "seconds" of a step,
+      and "seconds_on_device" with the same few batches over and over, which lie on the device.
+    """
+    trainer = Trainer(run_config(case, mixer))
+
+    def seconds_of(batches, count: int) -> tuple[float, float]:
+        waited, start = 0.0, time.perf_counter()
+        for step in range(1, count + 1):
+            before = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - before
+            metrics = trainer(sharding.put_batch(batch, trainer.mesh))
+            if step % wait_every == 0 or step == count:
+                jax.block_until_ready(metrics)
+        return waited, time.perf_counter() - start
+
+    warm_up = max(1, steps // 10)
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_codes(
+            Path(folder),
+            images=images,
+            augmentations=1,
+            grid=case.grid,
+            vocab_size=trainer.config.model.vocab_size,
+            images_per_shard=640,
+        )
+        batches = train_batches(CodeExamples(folder, "train"), batch_size=case.batch, seed=0)
+        seconds_of(batches, warm_up)
+        waited, seconds = seconds_of(batches, steps)
+    on_device = itertools.cycle([trainer.batch(seed) for seed in range(NUM_SETS)])
+    seconds_of(on_device, warm_up)
+    _, without = seconds_of(on_device, steps)
+    return {
+        "case": str(case),
+        "mixer": mixer,
+        "steps": steps,
+        "share": waited / seconds,
+        "seconds": seconds / steps,
+        "seconds_on_device": without / steps,
+    }

@@ -1,0 +1,393 @@
+"""The benchmarks of whole generators: counts, floors, tables and files, on tiny shapes."""
+
+import dataclasses
+import json
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from jax.extend.core import jaxprs_in_params
+from PIL import Image
+
+from lasad_jax.benchmarks import (
+    counts,
+    decoding,
+    generators,
+    limits,
+    llamagen,
+    plain,
+    sample_rows,
+    sampling,
+    tables,
+    train_rows,
+    training,
+)
+from lasad_jax.benchmarks.generators import GeneratorCase
+from lasad_jax.models import SIZES, LASADGen, ModelConfig, count_parameters
+from lasad_jax.models.generator import init_cache, init_parameters
+from lasad_jax.training.state import unbox
+
+NANO = {"num_layers": 1, "width": 32, "num_heads": 2}
+FEW = ["--vocab=64", "--repeats=2", "--copy_megabytes=1"]
+TRAINING = [*FEW, "--cases=tiny:2x2x3", "--scaling=tiny:4x1x5"]
+SAMPLING = [*FEW, "--cases=tiny:2x2x3,tiny:1x2x3", "--along=tiny:1x3x5"]
+
+
+@pytest.fixture(autouse=True)
+def nano(monkeypatch):
+    """The smallest size is smaller still."""
+    monkeypatch.setitem(SIZES, "tiny", NANO)
+
+
+@pytest.fixture
+def parse():
+    """Parses a command's flags for the length of a test."""
+    with flagsaver.flagsaver():
+        yield lambda *arguments: flags.FLAGS(["command", *arguments])
+    flags.FLAGS.unparse_flags()
+
+
+@pytest.fixture
+def run_main(parse, capsys):
+    """Runs a command with these flags and returns what it prints."""
+
+    def run(command, *arguments):
+        parse(*arguments)
+        command.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+def product_flops(jaxpr) -> int:
+    """FLOPs of all matrix products in a program, loops and calls unrolled."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            contracted = equation.params["dimension_numbers"][0][0]
+            shape = equation.invars[0].aval.shape
+            total += (
+                2
+                * math.prod(equation.outvars[0].aval.shape)
+                * math.prod(shape[i] for i in contracted)
+            )
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        for inner in jaxprs_in_params(equation.params):
+            total += times * product_flops(inner)
+    return total
+
+
+def test_flops_are_those_of_the_traced_step():
+    config = ModelConfig(
+        vocab_size=1500,  # too many for a product with one-hot vectors
+        num_classes=7,
+        grid=(3, 5),
+        num_layers=3,
+        width=32,
+        num_heads=2,
+        mixer="softmax",
+        remat="none",
+        dtype="float32",
+    )
+    batch, tokens = 2, 2 * 15
+    params = unbox(init_parameters(config, jax.random.key(0)))
+    codes, labels = jnp.zeros((batch, 15), jnp.int32), jnp.zeros(batch, jnp.int32)
+    loss = lambda params: LASADGen(config).apply({"params": params}, codes, labels).sum()
+    of_classes = 2 * batch * 8 * 32  # the one-hot product with the class embedding
+    ours = counts.product_flops(config, tokens) + counts.attention_flops(config, tokens)
+    forward = product_flops(jax.make_jaxpr(loss)(params).jaxpr)
+    assert forward == ours / 3 + of_classes
+    # Backward: each product twice, but the class's one-hot vector needs no gradient.
+    step = product_flops(jax.make_jaxpr(jax.value_and_grad(loss))(params).jaxpr)
+    assert step == ours + 2 * of_classes
+
+
+def test_flops_of_lasad_by_hand():
+    config = ModelConfig(
+        vocab_size=50, grid=(3, 5), num_layers=3, width=32, num_heads=2, key_dim=8, ffn_width=40
+    )
+    mixer = 32 * (2 * 8 + 2 * 8 + 2 * 16 + 2 * 16) + 32 * 2 + 32 * 32  # q k v gate, decay, out
+    parameters = 3 * (mixer + 3 * 32 * 40) + 32 * 50
+    assert counts.product_parameters(config) == parameters
+    assert counts.product_flops(config, 7) == 6 * 7 * parameters
+    assert counts.attention_flops(config, 7) == 3 * 7 * 3 * 2 * (2 * 8 * 16 + 2 * 8 * 16)
+
+
+@pytest.mark.parametrize("decay", ["raster", "manhattan"])
+def test_bytes_of_a_token_are_those_of_the_arrays(decay):
+    sizes = {"num_layers": 3, "width": 32, "num_heads": 2, "vocab_size": 50, "num_classes": 7}
+    config = ModelConfig(grid=(3, 5), decay=decay, selective=decay == "raster", **sizes)
+    read = counts.read_per_token(config, rows=6)
+    embeddings = (50 + 8) * 32
+    assert read["parameters"] == 2 * (count_parameters(config) - embeddings + 6 * 32)
+    assert read["state"] == 2 * init_cache(config, 6).state.memory.size
+
+    softmax = ModelConfig(grid=(3, 5), mixer="softmax", **sizes)
+    empty = init_cache(softmax, 6)
+    per_token = 2 * (empty.k.size + empty.v.size) // (1 + 15)
+    # The first step reads the class and a code, the last one all but the last code.
+    steps = range(2, 15 + 1)
+    average = per_token * sum(steps) / len(steps)
+    assert counts.read_per_token(softmax, rows=6)["state"] == average
+
+
+def test_training_table_and_files(run_main, tmp_path, monkeypatch):
+    monkeypatch.setitem(llamagen.TRAINING, ("tiny", 6, 2), llamagen.Figure(1000.0, 5e9))
+    printed = run_main(training, *TRAINING, f"--out={tmp_path}")
+    found = json.loads((tmp_path / "training.json").read_text())
+    assert [(row["case"], row["mixer"]) for row in found["rows"]] == [
+        ("tiny:2x2x3", "softmax"),
+        ("tiny:2x2x3", "lasad"),
+    ]
+    assert [row["tokens"] for row in found["scaling"]] == [5, 5]
+    baseline = found["rows"][0]
+    assert "over_softmax" not in baseline
+    for row in found["rows"]:
+        assert len(row["runs"]) == 2
+        assert row["seconds"] == pytest.approx(np.median(row["runs"]))
+        assert row["images_per_second"] == pytest.approx(2 / row["seconds"])
+        assert row["seconds_per_token"] == pytest.approx(row["seconds"] / 12)
+        speed = row["product_flops"] / row["seconds"]
+        assert row["product_flops"] == 6 * 12 * row["product_parameters"]
+        assert row["of_product"] == pytest.approx(speed / found["product_flops_per_second"])
+        assert row["over_llamagen"] == pytest.approx(row["images_per_second"] / 1000)
+        # Parameters and AdamW's two moments in float32, replaced in place; then gradients.
+        assert 12 * row["parameters"] < row["memory_bytes"] < 40 * row["parameters"]
+        if row is not baseline:
+            faster = row["images_per_second"] / baseline["images_per_second"]
+            assert row["over_softmax"] == pytest.approx(faster)
+    lines = [line for line in printed.splitlines() if line.startswith("| tiny")]
+    assert len(lines) == 4
+    cells = [cell.strip() for cell in lines[1].split("|")[1:-1]]
+    shown = dict(zip((c.name for c in training.COLUMNS), cells, strict=True))
+    row = found["rows"][1]
+    assert shown["ms"] == tables.milliseconds(row["seconds"])
+    assert (shown["LlamaGen"], shown["its GB"]) == ("1000", "5")
+    assert shown["GB allocated"] == "-"  # a CPU does not say
+    with Image.open(tmp_path / "training.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_average_of_parameters_takes_memory(parse):
+    parse(*TRAINING)
+    case = GeneratorCase.parse("tiny:2x2x3")
+    without, with_it = (
+        train_rows.time_row(
+            case,
+            "lasad",
+            ema=ema,
+            product_flops_per_second=1.0,
+            how={"repeats": 1, "min_seconds": 0.0},
+        )
+        for ema in (False, True)
+    )
+    more = with_it["memory_bytes"] - without["memory_bytes"]
+    assert more >= 4 * without["parameters"]
+
+
+def test_a_step_that_fails_is_a_row_with_its_reason(run_main, monkeypatch):
+    trainer = train_rows.Trainer
+
+    def refuse(config):
+        if config.model.mixer == "softmax":
+            raise RuntimeError("RESOURCE_EXHAUSTED: too large\nand more")
+        return trainer(config)
+
+    monkeypatch.setattr(train_rows, "Trainer", refuse)
+    printed = run_main(training, *TRAINING)
+    assert printed.count("RuntimeError: RESOURCE_EXHAUSTED: too large |") == 2
+    assert "and more" not in printed
+    done = [line for line in printed.splitlines() if "| lasad" in line]
+    assert len(done) == 2
+    assert not any("Error" in line for line in done)
+
+
+def test_plain_path_and_loader_are_printed(run_main, tmp_path):
+    extra = ("--scaling=", "--mixers=lasad", "--loader", "--plain_steps=4", f"--out={tmp_path}")
+    printed = run_main(training, *TRAINING, *extra)
+    found = json.loads((tmp_path / "training.json").read_text())
+    (curves,) = found["curves"]
+    assert curves["losses"].keys() == {"plain", "step", "plain, chunked operator"}
+    assert all(len(losses) == 4 for losses in curves["losses"].values())
+    # The head begins at zero: every code is as likely as any other.
+    assert curves["losses"]["plain"][0] == pytest.approx(math.log(64), rel=1e-4)
+    difference = curves["largest_difference"]["step"]
+    assert difference < 1e-2
+    assert f"step: {difference:.2e}" in printed
+    (loop,) = found["loader"]
+    assert 0 < loop["share"] < 1
+    assert f"{tables.percent(loop['share'])} of the time waits" in printed
+    with Image.open(tmp_path / "training_curves_lasad.png") as picture:
+        assert picture.size[1] > 500
+
+
+def test_plain_step_is_the_step(parse):
+    parse(*TRAINING)
+    config = train_rows.run_config(GeneratorCase.parse("tiny:3x2x3"), "softmax", dtype="float32")
+    optimizer = dataclasses.replace(config.optimizer, learning_rate=1e-2)
+    config = dataclasses.replace(config, optimizer=optimizer)
+    losses = {}
+    for is_plain in (False, True):
+        make = lambda config, is_plain=is_plain: plain.make_step(config, plain=is_plain)
+        trainer = train_rows.Trainer(config, make)
+        losses[is_plain] = [float(trainer(trainer.batch(0))["loss"]) for _ in range(5)]
+    np.testing.assert_allclose(losses[False], losses[True], rtol=1e-5)
+    assert losses[True][-1] < losses[True][0] - 0.02  # it learns: the state does go on
+    assert plain.largest_differences({"a": [1.0, 2.0], "b": [1.5, 1.75]}) == {"b": 0.5}
+
+
+def test_loop_that_waits_for_batches_says_so(parse, monkeypatch):
+    parse(*TRAINING)
+    real = train_rows.train_batches
+
+    def slow(*args, **kwargs):
+        for batch in real(*args, **kwargs):
+            time.sleep(0.2)
+            yield batch
+
+    monkeypatch.setattr(train_rows, "train_batches", slow)
+    case = GeneratorCase.parse("tiny:2x2x3")
+    row = train_rows.loader_row(case, "softmax", steps=4, images=5, wait_every=2)
+    assert row["seconds"] > 0.2
+    assert row["share"] > 0.5
+    assert row["seconds_on_device"] < row["seconds"]
+
+
+def test_sampling_table_and_files(run_main, tmp_path, monkeypatch):
+    monkeypatch.setitem(llamagen.SAMPLING, ("tiny", 6, 2), llamagen.Figure(1000.0, 5e9))
+    monkeypatch.setattr(sampling, "_LENGTHS", 2)
+    printed = run_main(sampling, *SAMPLING, f"--out={tmp_path}")
+    found = json.loads((tmp_path / "sampling.json").read_text())
+    assert [row["case"] for row in found["rows"]] == ["tiny:2x2x3"] * 2 + ["tiny:1x2x3"] * 2
+    speed = max(found["copy_bytes_per_second"].values())
+    for row, batch in zip(found["rows"], (2, 2, 1, 1), strict=True):
+        config = GeneratorCase.parse(row["case"]).model(row["mixer"], vocab_size=64)
+        assert row["floor_bytes"] == counts.read_per_token(config, 2 * batch)
+        floor = sum(row["floor_bytes"].values()) / speed
+        assert row["floor_seconds"] == pytest.approx(floor)
+        assert row["seconds_per_token"] == pytest.approx(row["seconds"] / 6)
+        assert row["images_per_second"] == pytest.approx(batch / row["seconds"])
+        assert row["over_floor"] == pytest.approx(row["seconds"] / 6 / floor)
+        assert row["memory_bytes"] > 4 * row["parameters"]
+    assert ["over_llamagen" in row for row in found["rows"]] == [True, True, False, False]
+    assert ["over_softmax" in row for row in found["rows"]] == [False, True, False, True]
+    for row in found["along"]:
+        assert row["positions"] == list(range(15))
+        assert len(row["seconds_per_token"]) == 15
+    assert [row["tokens"] for row in found["memory"]] == [2, 15] * 2
+    assert found["memory"][0]["memory_bytes"] < found["memory"][1]["memory_bytes"]
+    assert printed.count("\n| softmax") == printed.count("\n| lasad") == 1
+    with Image.open(tmp_path / "sampling.png") as picture:
+        assert picture.size[0] > 500
+
+
+def test_time_along_the_sequence_is_that_of_each_place(parse, monkeypatch):
+    parse(*SAMPLING)
+
+    def begin(config, prepared, labels):
+        return jnp.zeros((len(labels), 4)), {"index": jnp.zeros((), jnp.int32)}
+
+    def decode(config, prepared, tokens, cache):
+        sleep = lambda index: (time.sleep(0.05 if index >= 6 else 0.0), index + 1)[1]
+        index = jax.pure_callback(sleep, cache["index"], cache["index"])
+        return jnp.zeros((len(tokens), 4)) + index, {"index": index}
+
+    monkeypatch.setattr(decoding, "begin", begin)
+    monkeypatch.setattr(decoding, "decode", decode)
+    case = GeneratorCase.parse("tiny:1x2x5")
+    row = sample_rows.along_row(case, "lasad", length=3, repeats=3)
+    assert row["positions"] == [0, 3, 6]  # the tenth token fills no segment
+    first, second, third = row["seconds_per_token"]
+    assert max(first, second) < 0.05 <= third
+
+
+def test_drawing_that_fails_is_a_row_with_its_reason(run_main, monkeypatch):
+    def refuse(*args):
+        raise ValueError("not on this device")
+
+    monkeypatch.setattr(decoding, "draw_images", refuse)
+    monkeypatch.setattr(decoding, "begin", refuse)
+    printed = run_main(sampling, *SAMPLING)
+    assert printed.count("ValueError: not on this device") == 4 + 2 + 8
+
+
+@pytest.mark.parametrize(
+    ("command", "flag", "value"),
+    [
+        (training, "cases", "B:16x16"),
+        (training, "scaling", "tiny:0x4x4"),
+        (training, "cases", "huge:1x4x4"),
+        (training, "mixers", "lasad,hyena"),
+        (sampling, "cases", "tiny"),
+        (sampling, "along", "tiny:1x4"),
+        (sampling, "mixers", "hyena"),
+    ],
+)
+def test_wrong_flags_are_refused(run_main, command, flag, value):
+    wrong = {"lasad,hyena": "hyena", "huge:1x4x4": "huge"}.get(value, value)
+    given = TRAINING if command is training else SAMPLING
+    with pytest.raises(ValueError, match=f"^{flag}: .*'{wrong}'"):
+        run_main(command, *given, f"--{flag}={value}")
+
+
+def test_loader_needs_a_case(run_main):
+    with pytest.raises(ValueError, match=r"^cases: none given"):
+        run_main(training, *TRAINING, "--cases=", "--loader")
+
+
+def test_cases_are_written_as_they_are_read(parse):
+    parse(*FEW)
+    case = GeneratorCase.parse("XL:64x16x24")
+    assert str(case) == "XL:64x16x24"
+    assert case.peer_key == ("XL", 384, 64)
+    assert case.shrunk(1, 4).grid == (4, 6)
+    config = case.model("softmax")
+    assert (config.width, config.grid, config.vocab_size) == (1280, (16, 24), 64)
+
+
+def test_random_codes_differ_by_seed_and_fit(parse):
+    parse(*FEW)
+    config = GeneratorCase.parse("tiny:64x5x7").model("lasad")
+    batch, again, other = (generators.random_batch(config, 64, seed) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(batch["tokens"], again["tokens"])
+    assert not np.array_equal(batch["tokens"], other["tokens"])
+    assert batch["tokens"].shape == (64, 35)
+    assert (batch["tokens"].min(), batch["tokens"].max() <= 63) == (0, True)
+    np.testing.assert_array_equal(batch["tokens"][:, 1::2], batch["tokens"][:, :-1:2])
+    assert np.mean(batch["tokens"] < 32) > 0.7  # (1/2)^(1/4) of them
+
+
+def test_memory_counts_donated_arrays_once():
+    x = jnp.zeros(2**18)
+    add = lambda x: x + 1
+    kept, donated = (
+        limits.compiled_bytes(jax.jit(add, donate_argnums=which).lower(x).compile())
+        for which in ((), (0,))
+    )
+    assert (kept, donated) == (2 * x.nbytes, x.nbytes)
+
+
+def test_allocator_peak_counts_only_where_it_rises(monkeypatch):
+    peaks = iter([100, 100, 100, 250, None, None])
+    monkeypatch.setattr(limits, "_peak", lambda: next(peaks))
+    assert [limits.AllocatorPeak().bytes() for _ in range(3)] == [None, 250, None]
+
+
+def test_rate_of_a_product():
+    assert 1e7 < limits.product_flops_per_second(64, repeats=2) < 1e15
+
+
+def test_a_row_shows_its_reason_once():
+    columns = (
+        tables.column("a", "a", width=1),
+        tables.column("b", "b", tables.digits(1e3, " x"), width=1),
+        tables.column("c", "c", tables.percent, width=1),
+    )
+    assert tables.row_line({"a": 1, "b": 0.25, "c": 0.0123}, columns) == "| 1 | 250 x | 1.23 % |"
+    assert tables.row_line({"a": 1, "skipped": "why"}, columns) == "| 1 | why | - |"
+    assert tables.head(columns) == "| a | b | c |\n| --- | --- | --- |"
