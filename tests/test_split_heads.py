@@ -12,7 +12,7 @@ from kernel_cases import lower, on, quick_jit
 
 from lasad_jax.config import MeshConfig
 from lasad_jax.models.operator import mesh_axes
-from lasad_jax.models.rope import rotate
+from lasad_jax.models.rope import rotate, turns
 from lasad_jax.ops import split_heads as module
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.kernels.split_heads_triton import Tiling
@@ -160,10 +160,15 @@ def test_turns_as_rotary_embedding_does():
     rng = np.random.default_rng(0)
     y = jnp.asarray(rng.standard_normal((2, 13, 2, 40)), jnp.float32)
     first = jnp.broadcast_to(jnp.tile(jnp.array([1.0, 0.0]), 4), (1, 13, 1, 8))
-    turn = rotate(first, (3, 4), 0, prefix_scale=1.0).reshape(13, 4, 2)
+    turn = rotate(
+        first, turns((3, 4), first.shape[-1], 0, first.shape[1], prefix_scale=1.0)
+    ).reshape(13, 4, 2)
     q, k, *_ = split_heads(y, turn, key_dim=8, value_dim=8, q_scale=0.5)
     for got, x, scale in ((q, y[..., :8], 0.5), (k, y[..., 8:16], 1.0)):
-        want = rotate(jax.nn.silu(x), (3, 4), 0, prefix_scale=1.0) * scale
+        want = (
+            rotate(jax.nn.silu(x), turns((3, 4), x.shape[-1], 0, x.shape[1], prefix_scale=1.0))
+            * scale
+        )
         np.testing.assert_allclose(got, want, atol=1e-6)
 
 

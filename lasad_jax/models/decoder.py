@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.decoder_weights import LayerWeights, Weights, prepare
-from lasad_jax.models.layers import NORM_EPSILON, normalise
+from lasad_jax.models.layers import NORM_EPSILON
 from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.models.mixers import FAMILIES
 from lasad_jax.models.rope import turn
@@ -154,6 +154,13 @@ def swiglu(x: Float[Array, "B D"], w: Float[Array, "D 2*F"]) -> Float[Array, "B 
     """silu(gate) * up of [gate | up] = x w."""
     gate, up = jnp.split(x @ w, 2, axis=-1)
     return jax.nn.silu(gate) * up
+
+
+def normalise(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+    """To unit mean square over the last axis; the scale is in the next product."""
+    x32 = x.astype(jnp.float32)
+    factor = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPSILON)
+    return (x32 * factor).astype(x.dtype)
 
 
 # Mixers

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, PyTree
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.models.mixers import FAMILIES
 from lasad_jax.models.rope import turn_table
 
@@ -68,7 +67,7 @@ def prepare(config: ModelConfig, params: PyTree) -> Weights:
     if config.rope:
         # As in the mixers; LlamaGen's table is all zeros for the prefix.
         scale = 1.0 if config.mixer == "lasad" else 0.0
-        table = turn_table(config.grid, config.query_dim, prefix_scale=scale, num_prefix=NUM_PREFIX)
+        table = turn_table(config.grid, config.query_dim, prefix_scale=scale)
         turns = jnp.asarray(table, jnp.float32)
     layers = tuple(
         _layer(config, jax.tree.map(lambda x, i=i: x[i], params["blocks"]), matrix, exact)

@@ -3,12 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.dropout import Dropout
-from lasad_jax.models.layers import Embedding, FeedForward, Kernel, RMSNorm, product
+from lasad_jax.models.layers import AddNorm, Embedding, FeedForward, Kernel, product
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS
 from lasad_jax.ops.keep import keep_policy
 from lasad_jax.ops.kernels.choice import device
@@ -19,25 +17,30 @@ _REMAT_POLICIES = {
 }
 
 
+Stream = tuple[Float[Array, "B N D"], Float[Array, "B N D"]]
+
+
 class Block(nn.Module):
-    """x + mixer(norm(x)), then x + feed_forward(norm(x)); a scan body over the layers."""
+    """A mixer and a feed-forward on the residual stream; a scan body over the layers.
+
+    The carry is the stream and the branch that is still to be added to it: sum, dropout and
+    norm are one pass at the beginning of the next branch.
+    """
 
     config: ModelConfig
     train: bool
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"], cache: PyTree | None):
-        drop = Dropout(self.config.dropout, self.train)
-        mixed, cache = MIXERS[self.config.mixer](self.config, name="mixer")(
-            *RMSNorm(self.config, name="mixer_norm")(x), cache
-        )
-        x = _constrain(x + drop(mixed))
-        fed = FeedForward(self.config, name="ffn")(*RMSNorm(self.config, name="ffn_norm")(x))
-        return _constrain(x + drop(fed)), cache
+    def __call__(self, carry: Stream, cache: PyTree | None) -> tuple[Stream, PyTree | None]:
+        config = self.config
+        x, normed = AddNorm(config, self.train, name="mixer_norm")(*carry)
+        branch, cache = MIXERS[config.mixer](config, name="mixer")(*normed, cache)
+        x, normed = AddNorm(config, self.train, name="ffn_norm")(x, _constrain(branch))
+        branch = FeedForward(config, name="ffn")(*normed)
+        return (x, _constrain(branch)), cache
 
 
 def _constrain(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-    x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
     return nn.with_logical_constraint(x, ("batch", "tokens", "activation"))
 
 
@@ -59,7 +62,6 @@ class LASADGen(nn.Module):
         config = self.config
         self.token_embedding = Embedding(config, config.vocab_size, ("vocab", "embed"))
         self.class_embedding = Embedding(config, config.num_classes + 1, ("classes", "embed"))
-        self.embedding_dropout = Dropout(config.dropout, self.train)
         block = Block
         unroll = min(config.unroll or _default_unroll(config), config.num_layers)
         if config.remat != "none":
@@ -74,7 +76,7 @@ class LASADGen(nn.Module):
             unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(config, self.train)
-        self.final_norm = RMSNorm(config)
+        self.final_norm = AddNorm(config, self.train)
         shape, zeros = (config.width, config.vocab_size), nn.initializers.zeros
         self.head = Kernel(config, shape, ("embed", "vocab"), zeros)
 
@@ -106,8 +108,8 @@ class LASADGen(nn.Module):
                 self.make_rng("dropout"), self.config.class_dropout, labels.shape
             )
             labels = jnp.where(dropped, self.config.num_classes, labels)
-        x, _ = self._run(self._embed(labels, tokens[:, :-1]), None)
-        return self.final_norm(x)
+        features, _ = self._run(self._embed(labels, tokens[:, :-1]), None)
+        return features
 
     def prefill(
         self, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
@@ -118,22 +120,25 @@ class LASADGen(nn.Module):
           logits of code number n, and the cache to go on from.
         """
         cache = init_cache(self.config, labels.shape[0])
-        x, cache = self._run(self._embed(labels, tokens), cache)
-        return self._logits(self.final_norm(x[:, -1:]))[:, 0], cache
+        (x, scale), cache = self._run(self._embed(labels, tokens), cache)
+        return self._logits((x[:, -1:], scale))[:, 0], cache
 
     def decode_step(
         self, tokens: Int[Array, " B"], cache: PyTree
     ) -> tuple[Float[Array, "B V"], PyTree]:
         """Reads one code; returns the logits of the next and the new cache."""
-        x, cache = self._run(self.token_embedding(tokens)[:, None], cache)
-        return self._logits(self.final_norm(x))[:, 0], cache
+        features, cache = self._run(self.token_embedding(tokens)[:, None], cache)
+        return self._logits(features)[:, 0], cache
 
     def _embed(self, labels, tokens) -> Float[Array, "B N D"]:
         prefix = self.class_embedding(labels)[:, None]
         return jnp.concatenate([prefix, self.token_embedding(tokens)], axis=1)
 
     def _run(self, x, cache):
-        return self.blocks(_constrain(self.embedding_dropout(x)), cache)
+        # The embedding is the first branch: its dropout is that of all branches.
+        x = _constrain(x)
+        carry, cache = self.blocks((jnp.zeros_like(x), x), cache)
+        return self.final_norm(*carry)[1], cache
 
     def _logits(self, features) -> Float[Array, "B N V"]:
         x, scale = features

@@ -6,7 +6,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.operator import mesh_axes, passes
 from lasad_jax.models.sizes import ffn_width
+from lasad_jax.ops.add_norm import add_norm
+from lasad_jax.ops.dropout import token_seeds
+from lasad_jax.ops.gated_products import swiglu_product
 from lasad_jax.ops.keep import keep
 
 NORM_EPSILON = 1e-5
@@ -36,7 +40,7 @@ class Kernel(nn.Module):
         """The kernel in the dtype of computation.
 
         Args:
-          scale: of an `RMSNorm` before. It multiplies the kernel's rows instead of every
+          scale: of an `AddNorm` before. It multiplies the kernel's rows instead of every
             token; its gradient then is a sum over the kernel's columns, not over all tokens.
         """
         return self._kernel(scale)
@@ -91,51 +95,55 @@ class Embedding(nn.Module):
         return jnp.take(table, ids, axis=0).astype(dtype)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, its scale left to the next product.
+class Scale(nn.Module):
+    """The scale of a norm over its last axis, for the kernel of the next product.
 
     Attributes:
       config: the model.
-      axes: names of the scale's axes, which are the input's last ones.
+      shape, axes: sizes and names of the scale's axes.
     """
 
     config: ModelConfig
-    axes: tuple[str, ...] = ("embed",)
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "*shape"]:
+        init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
+        return self.param("scale", init, self.shape, jnp.dtype(self.config.param_dtype))
+
+
+class AddNorm(nn.Module):
+    """Adds a branch, under dropout, to the residual stream, and normalises the stream.
+
+    Attributes:
+      config: the model.
+      train: dropout is on (it draws from the "dropout" key).
+    """
+
+    config: ModelConfig
+    train: bool
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "*batch D"]
-    ) -> tuple[Float[Array, "*batch D"], Float[Array, "*axes"]]:
-        """Returns the tokens of unit mean square, and the scale (see `Linear`)."""
-        shape = x.shape[-len(self.axes) :]
-        init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
-        scale = self.param("scale", init, shape, jnp.dtype(self.config.param_dtype))
-        return normalise(x.astype(self.config.compute_dtype)), scale
-
-
-@jax.custom_vjp
-def normalise(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """x / sqrt(mean(x^2) + epsilon) over the last axis, computed in float32.
-
-    The backward pass reads the result in place of x: the products after it keep it anyway.
-    """
-    return _normalise_forward(x)[0]
-
-
-def _normalise_forward(x):
-    x32 = x.astype(jnp.float32)
-    factor = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPSILON)
-    y, factor = keep(((x32 * factor).astype(x.dtype), factor))
-    return y, (y, factor)
-
-
-def _normalise_backward(residuals, d_y):
-    (y, factor), y32, d_y32 = residuals, residuals[0].astype(jnp.float32), d_y.astype(jnp.float32)
-    along = jnp.mean(y32 * d_y32, axis=-1, keepdims=True)
-    return ((factor * (d_y32 - y32 * along)).astype(y.dtype),)
-
-
-normalise.defvjp(_normalise_forward, _normalise_backward)
+        self, x: Float[Array, "B N D"], branch: Float[Array, "B N D"]
+    ) -> tuple[Float[Array, "B N D"], tuple[Float[Array, "B N D"], Float[Array, " D"]]]:
+        """Returns the stream, and its tokens of unit mean square with the norm's scale."""
+        config, seeds = self.config, None
+        if self.train and config.dropout:
+            seeds = token_seeds(self.make_rng("dropout"), x.shape[:2])
+        x, y = add_norm(
+            x,
+            branch,
+            seeds,
+            rate=config.dropout,
+            epsilon=NORM_EPSILON,
+            implementation=passes(config),
+            batch_axes=mesh_axes("batch", x.shape[0]),
+        )
+        scale = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        scale = self.param("scale", scale, (config.width,), jnp.dtype(config.param_dtype))
+        return x, (y, scale)
 
 
 class FeedForward(nn.Module):
@@ -147,11 +155,15 @@ class FeedForward(nn.Module):
     def __call__(
         self, x: Float[Array, "B N D"], scale: Float[Array, " D"]
     ) -> Float[Array, "B N D"]:
-        """Of tokens as an `RMSNorm` returns them."""
+        """Of tokens as `AddNorm` returns them."""
         shape, axes = (self.config.width, ffn_width(self.config)), ("embed", "mlp")
         kernels = [Kernel(self.config, shape, axes, name=name)(scale) for name in ("gate", "up")]
         # Side by side on an axis of their own, which leaves that of "mlp" to be split over a mesh.
         gate_up = product(x, jnp.stack(kernels, axis=1))
-        gate, up = gate_up[..., 0, :], gate_up[..., 1, :]
-        down = Kernel(self.config, shape[::-1], axes[::-1], name="down")()
-        return product(nn.silu(gate) * up, down)
+        return swiglu_product(
+            gate_up,
+            Kernel(self.config, shape[::-1], axes[::-1], name="down")(),
+            implementation=passes(self.config),
+            batch_axes=mesh_axes("batch", x.shape[0]),
+            hidden_axes=mesh_axes("mlp", shape[1]),
+        )

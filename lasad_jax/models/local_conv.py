@@ -7,8 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.layers import normal_init
-from lasad_jax.models.operator import mesh_axes
-from lasad_jax.ops import KERNELS
+from lasad_jax.models.operator import mesh_axes, passes
 from lasad_jax.ops.local_conv import TAPS, local_conv, neighbour
 
 NUM_PREFIX = 1
@@ -49,14 +48,13 @@ class LocalConv(nn.Module):
         if num_tokens == 1 and recent is not None:
             return self._one_token(_scaled(x, factor), recent, index, kernel)
 
-        fused = config.implementation in ("auto", *KERNELS)
         y = local_conv(
             x,
             factor,
             kernel,
             grid=config.grid,
             num_prefix=NUM_PREFIX,
-            implementation="auto" if fused else "plain",
+            implementation=passes(config),
             batch_axes=mesh_axes("batch", x.shape[0]),
         )
         if recent is not None:

@@ -1,24 +1,25 @@
 """How tokens exchange information: LASAD, and the softmax attention it is measured against.
 
 A mixer takes a sequence from its start (`cache` None or fresh) or, with a cache, the one
-token that comes next, as an `RMSNorm` returns them; it returns its output and the cache after
+token that comes next, as `AddNorm` returns them; it returns its output and the cache after
 it.
 """
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.layers import Kernel, RMSNorm, product
+from lasad_jax.models.layers import NORM_EPSILON, Kernel, Scale, product
 from lasad_jax.models.local_conv import NUM_PREFIX, LocalConv
-from lasad_jax.models.operator import linear_attention
-from lasad_jax.models.rope import rotate
+from lasad_jax.models.operator import linear_attention, mesh_axes, passes
+from lasad_jax.models.rope import rotate, turns
+from lasad_jax.ops.gated_products import gated_heads_product
 from lasad_jax.ops.keep import keep
+from lasad_jax.ops.split_heads import split_heads
 
 _HEADS = ("embed", "heads", "head_dim")
 _OUT = ("heads", "head_dim", "embed")
@@ -89,12 +90,26 @@ class LASADMixer(nn.Module):
             x, recent = LocalConv(config, name="conv")(x, recent, index)
             x = keep(x)
 
-        q, k, v, out_gate, log_gate = self._project(x, scale)
-        q, k, out_gate = nn.silu(q), nn.silu(k), nn.silu(out_gate)
+        y, bias = self._project(x, scale)
+        table = None
         if config.rope:
-            q = rotate(q, config.grid, index, prefix_scale=1.0)
-            k = rotate(k, config.grid, index, prefix_scale=1.0)
-        q *= config.query_dim**-0.5
+            table = turns(config.grid, config.query_dim, index, x.shape[1], prefix_scale=1.0)
+        over = {
+            "implementation": passes(config),
+            "batch_axes": mesh_axes("batch", x.shape[0]),
+            "head_axes": mesh_axes("heads", config.num_heads),
+        }
+        q, k, v, log_gate, y = split_heads(
+            y,
+            table,
+            key_dim=config.query_dim,
+            value_dim=config.value_dim,
+            q_scale=config.query_dim**-0.5,
+            gated=config.selective,
+            **over,
+        )
+        if config.selective:
+            log_gate = -jax.nn.softplus(log_gate + bias)
 
         decay, state = self._decay(), None
         if one_step:
@@ -118,18 +133,24 @@ class LASADMixer(nn.Module):
             if cache is not None:
                 out, state = out
             out = keep(out)
-        out, scale = RMSNorm(config, ("heads", "head_dim"), name="norm")(out)
-        out = product(
-            out * out_gate, Kernel(config, _out_shape(config), _OUT, name="out")(scale), 2
+        scale = Scale(config, (config.num_heads, config.value_dim), _HEADS[1:], name="norm")()
+        out = gated_heads_product(
+            out,
+            y,
+            Kernel(config, _out_shape(config), _OUT, name="out")(scale),
+            gate_start=2 * config.query_dim + config.value_dim,
+            epsilon=NORM_EPSILON,
+            partial_gradient=True,
+            **over,
         )
         return out, None if cache is None else LASADCache(state, recent)
 
     def _project(
         self, x: Float[Array, "B N D"], scale: Float[Array, " D"]
-    ) -> tuple[Float[Array, "B N H D*"], ...]:
-        """q, k, v, the output's gate, and the log-decay of the content gate (None without one),
-        as one product."""
-        config = self.config
+    ) -> tuple[Float[Array, "B N H W"], Float[Array, " H"] | None]:
+        """Each head's [q | k | v | output's gate | content gate | padding] as one product, and
+        the content gate's bias."""
+        config, bias = self.config, None
         sizes = {"q": config.query_dim, "k": config.query_dim}
         sizes |= {"v": config.value_dim, "out_gate": config.value_dim}
         kernels = [
@@ -141,11 +162,7 @@ class LASADMixer(nn.Module):
             gate, bias = DecayGate(config, shape, _HEADS[:2], name="decay_gate")(scale)
             kernels.append(jnp.pad(gate[..., None], ((0, 0), (0, 0), (0, _ALIGNMENT - 1))))
         # Joined within each head, so that heads can still be split over a mesh.
-        y = product(x, jnp.concatenate(kernels, axis=-1))
-        *parts, rest = jnp.split(y, np.cumsum(list(sizes.values())), axis=-1)
-        if not config.selective:
-            return *parts, None
-        return *parts, -jax.nn.softplus(rest[..., 0].astype(jnp.float32) + bias)
+        return product(x, jnp.concatenate(kernels, axis=-1)), bias
 
     def _decay(self) -> ops.Decay:
         rows, columns = self.config.grid
@@ -192,12 +209,12 @@ class SoftmaxMixer(nn.Module):
     ) -> tuple[Float[Array, "B N D"], SoftmaxCache | None]:
         config = self.config
         shape = (config.width, config.num_heads, config.value_dim)
-        kernels = [Kernel(config, shape, _HEADS, name=name)(scale) for name in ("q", "k", "v")]
-        q, k, v = jnp.split(product(x, jnp.concatenate(kernels, axis=-1)), 3, axis=-1)
+        kernels = (Kernel(config, shape, _HEADS, name=name)(scale) for name in ("q", "k", "v"))
+        q, k, v = (product(x, kernel) for kernel in kernels)
         index = 0 if cache is None else cache.index
         if config.rope:
-            q = rotate(q, config.grid, index, prefix_scale=0.0)
-            k = rotate(k, config.grid, index, prefix_scale=0.0)
+            table = turns(config.grid, config.query_dim, index, x.shape[1], prefix_scale=0.0)
+            q, k = rotate(q, table), rotate(k, table)
         if cache is None:
             out = jax.nn.dot_product_attention(
                 q, k, v, is_causal=True, implementation=_softmax_implementation(q)

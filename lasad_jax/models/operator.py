@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from lasad_jax import ops
+from lasad_jax.models.config import ModelConfig
 
 
 def linear_attention(
@@ -66,3 +67,8 @@ def mesh_axes(name: str, size: int) -> str | tuple[str, ...] | None:
     names = (axes,) if isinstance(axes, str) else axes or ()
     divides = not mesh.empty and size % math.prod(mesh.shape[name] for name in names) == 0
     return axes if divides else None
+
+
+def passes(config: ModelConfig) -> str:
+    """The implementation of elementwise passes that goes with the operator's."""
+    return "auto" if config.implementation in ("auto", *ops.KERNELS) else "plain"

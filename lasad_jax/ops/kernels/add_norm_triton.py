@@ -154,8 +154,7 @@ class _Rows:
         if seeds_ref is None:
             return x
         seeds = self.load_numbers(seeds_ref)[:, None]
-        x = jnp.where(kept(seeds, self._channels(tile)[None], rate), x / (1 - rate), 0.0)
-        return x
+        return jnp.where(kept(seeds, self._channels(tile)[None], rate), x / (1 - rate), 0.0)
 
     def mean(self, tiles) -> Float[Array, " T"]:
         total = jnp.sum(tiles[0], axis=1)

@@ -74,16 +74,6 @@ def obstacle(name: str, q: Array, v: Array, decay: Decay, num_prefix: int) -> st
     return _obstacle_on_hopper(where, q, v, exact, num_prefix)
 
 
-def triton_obstacle(x: Array) -> str | None:
-    """Why no Triton kernel can take these tokens on this device; None if one can."""
-    where = device()
-    if not where.is_gpu or "NVIDIA" not in where.kind:
-        return f"it needs an NVIDIA GPU, not {where.kind} ({where.platform})"
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        return f"it takes bfloat16, float16 or float32, not {x.dtype}"
-    return None
-
-
 def _obstacle_on_hopper(
     where: Device, q: Array, v: Array, exact: bool, num_prefix: int
 ) -> str | None:
