@@ -84,7 +84,7 @@ def _kernel(logits_ref, token_ref, loss_ref, gradient_ref, *, columns):
     def window(ref, block) -> tuple[jax.Array, Int[Array, " W"], Bool[Array, " W"] | None]:
         places = block * columns + jnp.arange(columns)
         exist = places < vocab_size if vocab_size % columns else None
-        return ref.at[pl.ds(block * columns, columns)], places, exist
+        return ref.at[places], places, exist
 
     def load(block) -> Float[Array, " W"]:
         ref, _, exist = window(logits_ref, block)
