@@ -20,7 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float
 
 from lasad_jax.ops.kernels import mosaic_tiles as mg
-from lasad_jax.ops.kernels.decode_tiling import PAIR, ROWS, Tiling, tiling
+from lasad_jax.ops.kernels.choice import device, is_hopper
+from lasad_jax.ops.kernels.decode_tiling import PAIR, ROWS, Tiling, best_tiling
 
 Product = Float[Array, "M N"]
 
@@ -37,7 +38,7 @@ def project(
 
     Args:
       x: the rows.
-      w: the matrix; K and N multiples of 64 and 8 (`decode_tiling.obstacle`).
+      w: the matrix; K and N multiples of 64.
       norm_eps: if given, rows of x are divided by their root mean square, of this epsilon.
         RMSNorm's scale is to be multiplied into the rows of w beforehand.
       out_dtype: bfloat16 or float32.
@@ -71,9 +72,7 @@ def swiglu(
     return _product(x, w, None, norm_eps=norm_eps, gated=True, **options)
 
 
-def interleave(
-    gate: Float[Array, "... F"], up: Float[Array, "... F"]
-) -> Float[Array, "... 2F"]:
+def interleave(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... 2F"]:
     """Columns of both by turns, 32 at a time: what `swiglu` multiplies by. F: multiple of 32."""
     if gate.shape != up.shape or gate.shape[-1] % PAIR:
         raise ValueError(
@@ -96,9 +95,11 @@ def _product(
     early: bool = False,
     interpret: bool = False,
 ):
-    (M, K), N = x.shape, w.shape[1]
-    t = tiling or _tiling(x, w, residual, norm_eps, gated, out_dtype)
-    if why := t.obstacle(K, N, gated=gated, normed=norm_eps is not None):
+    if why := _obstacle(x, w, residual, gated, out_dtype):
+        raise ValueError(f"decode product: {why}")
+    (M, K), N, normed = x.shape, w.shape[1], norm_eps is not None
+    t = tiling or best_tiling(M, K, N, gated=gated, normed=normed)
+    if why := t.obstacle(K, gated=gated, normed=normed):
         raise ValueError(f"tiling: {t}: {why}")
     # TMA clips at the end of an array, but a tile may not be larger than all of it.
     padded = max(M, t.rows) - M
@@ -112,14 +113,33 @@ def _product(
     return out[:M] if padded else out
 
 
-def _tiling(x, w, residual, norm_eps, gated, out_dtype):
-    if why := obstacle(x, w, residual, gated=gated, out_dtype=out_dtype):
-        raise ValueError(f"decode product: {why}")
-    return tiling(*x.shape, w.shape[1], gated=gated, normed=norm_eps is not None)
-
-
 def obstacle(x, w, residual=None, *, gated=False, out_dtype=jnp.bfloat16) -> str | None:
-    """Why these arguments cannot be multiplied here; None if they can."""
+    """Why these arguments cannot be multiplied on this device; None if they can.
+
+    Only shapes, dtypes and the device count: x, w, residual may be `jax.ShapeDtypeStruct`.
+    """
+    where = device()
+    if jax.__version_info__ < (0, 11):
+        return f"it needs jax 0.11 or later, not {jax.__version__}"
+    if where.platform not in ("gpu", "cuda") or not is_hopper(where):
+        return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
+    return _obstacle(x, w, residual, gated, out_dtype)
+
+
+def _obstacle(x, w, residual, gated, out_dtype):
+    """The same on any device."""
+    dtypes = [str(a.dtype) for a in (x, w, residual) if a is not None]
+    if set(dtypes) != {"bfloat16"}:
+        return f"it takes bfloat16, not {', '.join(dtypes)}"
+    if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"out_dtype must be bfloat16 or float32, not {jnp.dtype(out_dtype)}"
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
+        return f"it multiplies (M, K) by (K, N), not {x.shape} by {w.shape}"
+    (M, K), N = x.shape, w.shape[1]
+    if K % 64 or N % (2 * PAIR if gated else 64) or not M or not K or not N:
+        return f"K and N must be positive multiples of 64 and M positive, not {K}, {N} and {M}"
+    if residual is not None and residual.shape != (M, N):
+        return f"residual must be {(M, N)}, not {residual.shape}"
     return None
 
 
@@ -140,13 +160,11 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
         x_ref, w_ref = next(refs), next(refs)
         residual_ref = next(refs) if residual is not None else None
         out_ref, scratch = next(refs), dict(zip(scratch_types, refs, strict=True))
-        x_tiles, w_tiles, full, out_tiles = (
-            scratch[name] for name in ("x", "w", "full", "out")
-        )
+        x_tiles, w_tiles, full, out_tiles = (scratch[name] for name in ("x", "w", "full", "out"))
         empty = scratch.get("empty")
         warpgroup = lax.axis_index("wg")
         index = lambda name: (
-            lax.axis_index(f"grid_{name}") * t.cluster_size(name) + lax.axis_index(name)
+            lax.axis_index(f"grid_{name}") * t.cluster["mn".index(name)] + lax.axis_index(name)
         )
         row, column = index("m") * t.rows, index("n") * t.columns
         rank = lax.axis_index("k")
@@ -266,9 +284,7 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
             jnp.float32,
             transforms=_swizzled(width, 4)[1],
         )
-        scratch_types["arrived"] = plgpu.Barrier(
-            num_arrivals=t.split, num_barriers=warpgroups
-        )
+        scratch_types["arrived"] = plgpu.Barrier(num_arrivals=t.split, num_barriers=warpgroups)
     up = lambda size, tile: -(-size // tile)
     grid = (up(M, t.rows * t.cluster[0]), up(N, t.columns * t.cluster[1]))
     inputs = (x, w) if residual is None else (x, w, residual)
