@@ -20,8 +20,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float
 
 from lasad_jax.ops.kernels import mosaic_tiles as mg
-from lasad_jax.ops.kernels.choice import device, is_hopper
-from lasad_jax.ops.kernels.decode_tiling import PAIR, ROWS, Tiling, best_tiling
+from lasad_jax.ops.kernels.decode_tiling import (
+    PAIR,
+    ROWS,
+    Tiling,
+    argument_obstacle,
+    best_tiling,
+    obstacle,
+)
+
+__all__ = ["interleave", "obstacle", "project", "project_add", "swiglu"]
 
 Product = Float[Array, "M N"]
 
@@ -38,7 +46,7 @@ def project(
 
     Args:
       x: the rows.
-      w: the matrix; K and N multiples of 64.
+      w: the matrix; K a multiple of 64, N of 8 (of 64 if gated).
       norm_eps: if given, rows of x are divided by their root mean square, of this epsilon.
         RMSNorm's scale is to be multiplied into the rows of w beforehand.
       out_dtype: bfloat16 or float32.
@@ -95,11 +103,11 @@ def _product(
     early: bool = False,
     interpret: bool = False,
 ):
-    if why := _obstacle(x, w, residual, gated, out_dtype):
+    if why := argument_obstacle(x, w, residual, gated, out_dtype):
         raise ValueError(f"decode product: {why}")
     (M, K), N, normed = x.shape, w.shape[1], norm_eps is not None
     t = tiling or best_tiling(M, K, N, gated=gated, normed=normed)
-    if why := t.obstacle(K, gated=gated, normed=normed):
+    if why := t.obstacle(K, N, gated=gated, normed=normed):
         raise ValueError(f"tiling: {t}: {why}")
     # TMA clips at the end of an array, but a tile may not be larger than all of it.
     padded = max(M, t.rows) - M
@@ -111,36 +119,6 @@ def _product(
         early=early, interpret=interpret,
     )  # fmt: skip
     return out[:M] if padded else out
-
-
-def obstacle(x, w, residual=None, *, gated=False, out_dtype=jnp.bfloat16) -> str | None:
-    """Why these arguments cannot be multiplied on this device; None if they can.
-
-    Only shapes, dtypes and the device count: x, w, residual may be `jax.ShapeDtypeStruct`.
-    """
-    where = device()
-    if jax.__version_info__ < (0, 11):
-        return f"it needs jax 0.11 or later, not {jax.__version__}"
-    if where.platform not in ("gpu", "cuda") or not is_hopper(where):
-        return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
-    return _obstacle(x, w, residual, gated, out_dtype)
-
-
-def _obstacle(x, w, residual, gated, out_dtype):
-    """The same on any device."""
-    dtypes = [str(a.dtype) for a in (x, w, residual) if a is not None]
-    if set(dtypes) != {"bfloat16"}:
-        return f"it takes bfloat16, not {', '.join(dtypes)}"
-    if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"out_dtype must be bfloat16 or float32, not {jnp.dtype(out_dtype)}"
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
-        return f"it multiplies (M, K) by (K, N), not {x.shape} by {w.shape}"
-    (M, K), N = x.shape, w.shape[1]
-    if K % 64 or N % (2 * PAIR if gated else 64) or not M or not K or not N:
-        return f"K and N must be positive multiples of 64 and M positive, not {K}, {N} and {M}"
-    if residual is not None and residual.shape != (M, N):
-        return f"residual must be {(M, N)}, not {residual.shape}"
-    return None
 
 
 def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, interpret):
@@ -215,10 +193,11 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
                     slot = lax.rem(i, stages)
                     plgpu.barrier_wait(full.at[slot])
                     tile = x_tiles.at[slot, rows]
-                    plgpu.wgmma(sums, tile, w_tiles.at[slot])
                     if norm_eps is not None:
+                        # Before the product: others may fill the tile once that is done.
                         value = tile[...].astype(jnp.float32)
                         squares += value * value
+                    plgpu.wgmma(sums, tile, w_tiles.at[slot])
                     plgpu.wgmma_wait(1 if steps > stages else 0)
                     if steps > stages:
                         # The product before this one has now read its tiles.

@@ -7,6 +7,11 @@ import dataclasses
 import functools
 import itertools
 
+import jax
+import jax.numpy as jnp
+
+from lasad_jax.ops.kernels.choice import device, is_hopper
+
 ROWS = 64  # of a warpgroup
 PAIR = 32  # columns of gate, then as many of up: `decode_product.interleave`
 SHARED_MEMORY = 227 * 1024
@@ -64,7 +69,7 @@ class Tiling:
         out = self.rows * max(self.columns // self.split * 2, 128)
         return loads + received + out + _BARRIERS
 
-    def obstacle(self, K: int, *, gated: bool = False, normed: bool = False) -> str | None:
+    def obstacle(self, K: int, N: int, *, gated: bool = False, normed: bool = False) -> str | None:
         """Why no such programs exist; None if they do."""
         width, (m, n) = self.columns / self.split, self.cluster
         if self.rows % ROWS or not 0 < self.rows <= 256:
@@ -83,8 +88,10 @@ class Tiling:
             )
         if normed and self.split > 1:
             return "rows are normalised where one program sees all of K; split must be 1"
-        if self.depth > K:
-            return f"K must be at least the depth {self.depth}, not {K}"
+        if self.stages == 1 < self.steps(K):
+            return "a single stage must hold all of K; stages must be at least 2"
+        if self.depth > K or self.columns > N:
+            return f"depth {self.depth} and columns {self.columns} must not exceed K {K}, N {N}"
         if self.shared_memory(K) > SHARED_MEMORY:
             return f"{self.shared_memory(K)} bytes of shared memory exceed {SHARED_MEMORY}"
         return None
@@ -111,7 +118,7 @@ class Tiling:
 def tilings(M: int, K: int, N: int, *, gated: bool = False, normed: bool = False) -> list[Tiling]:
     """Ways to cut a product, each with the stages that fit, best first by `Tiling.cost`."""
     rows = [r for r in (64, 128, 256) if r < M + ROWS]
-    columns = [c for c in (32, 64, 96, 128, 192, 256) if c < N + 32]
+    columns = [c for c in (32, 64, 96, 128, 192, 256) if c <= N]
     clusters = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4))
     found = []
     for r, c, cluster, split in itertools.product(rows, columns, clusters, (1, 2, 4, 8)):
@@ -121,7 +128,7 @@ def tilings(M: int, K: int, N: int, *, gated: bool = False, normed: bool = False
         spare = SHARED_MEMORY - empty.shared_memory(K)
         stages = 1 + spare // (empty.depth * (r + c) * 2)
         one = dataclasses.replace(empty, stages=max(1, min(stages, empty.steps(K), _MOST_STAGES)))
-        if one.obstacle(K, gated=gated, normed=normed) is None and (
+        if one.obstacle(K, N, gated=gated, normed=normed) is None and (
             one.stages >= min(4, one.steps(K))
         ):
             found.append(one)
@@ -133,3 +140,37 @@ def tilings(M: int, K: int, N: int, *, gated: bool = False, normed: bool = False
 def best_tiling(M: int, K: int, N: int, *, gated: bool = False, normed: bool = False) -> Tiling:
     """The best of `tilings`."""
     return tilings(M, K, N, gated=gated, normed=normed)[0]
+
+
+def obstacle(x, w, residual=None, *, gated=False, out_dtype=jnp.bfloat16) -> str | None:
+    """Why these arguments cannot be multiplied on this device; None if they can.
+
+    Only shapes, dtypes and the device matter: x, w, residual may be `jax.ShapeDtypeStruct`.
+    """
+    where = device()
+    if jax.__version_info__ < (0, 11):
+        return f"it needs jax 0.11 or later, not {jax.__version__}"
+    if where.platform not in ("gpu", "cuda") or not is_hopper(where):
+        return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
+    return argument_obstacle(x, w, residual, gated, out_dtype)
+
+
+def argument_obstacle(x, w, residual, gated, out_dtype) -> str | None:
+    """The same on any device."""
+    dtypes = [str(a.dtype) for a in (x, w, residual) if a is not None]
+    if set(dtypes) != {"bfloat16"}:
+        return f"it takes bfloat16, not {', '.join(dtypes)}"
+    if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"out_dtype must be bfloat16 or float32, not {jnp.dtype(out_dtype)}"
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
+        return f"it multiplies (M, K) by (K, N), not {x.shape} by {w.shape}"
+    (M, K), N = x.shape, w.shape[1]
+    multiple = 2 * PAIR if gated else 8  # TMA takes rows of whole 16 bytes
+    if K % 64 or N % multiple or N < 32 or not M or not K:
+        return (
+            f"M must be positive, K a multiple of 64 and N of {multiple}, at least 32, not "
+            f"{M}, {K} and {N}"
+        )
+    if residual is not None and residual.shape != (M, N):
+        return f"residual must be {(M, N)}, not {residual.shape}"
+    return None
