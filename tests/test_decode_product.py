@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from lasad_jax.ops.kernels.decode_tiling import (
-    ROWS,
     SHARED_MEMORY,
     Tiling,
     best_tiling,

@@ -124,7 +124,7 @@ def _product(
 def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, interpret):
     (M, K), N = x.shape, w.shape[1]
     warpgroups = t.rows // ROWS
-    steps = -(-K // (t.depth * t.split))
+    steps = t.steps(K)
     stages = min(t.stages, steps)
     width = t.columns // t.split  # of what a program finishes
     out_width = width // 2 if gated else width
@@ -198,7 +198,7 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
                         value = tile[...].astype(jnp.float32)
                         squares += value * value
                     plgpu.wgmma(sums, tile, w_tiles.at[slot])
-                    plgpu.wgmma_wait(1 if steps > stages else 0)
+                    plgpu.wgmma_wait(1)
                     if steps > stages:
                         # The product before this one has now read its tiles.
                         @pl.when((i > 0) & (i - 1 + stages < steps))
@@ -264,15 +264,13 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
             transforms=_swizzled(width, 4)[1],
         )
         scratch_types["arrived"] = plgpu.Barrier(num_arrivals=t.split, num_barriers=warpgroups)
-    up = lambda size, tile: -(-size // tile)
-    grid = (up(M, t.rows * t.cluster[0]), up(N, t.columns * t.cluster[1]))
     inputs = (x, w) if residual is None else (x, w, residual)
     body.__name__ = "decode_product"
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(shape, out_dtype),
         scratch_types=list(scratch_types.values()),
-        grid=grid,
+        grid=t.grid(M, N),
         grid_names=("grid_m", "grid_n"),
         cluster=(*t.cluster, t.split),
         cluster_names=("m", "n", "k"),
