@@ -268,15 +268,12 @@ def test_what_kernels_cannot_decode_is_refused():
 # Whole images
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("local_conv", [True, False])
-def test_generation_on_a_gpu_calls_the_kernels(local_conv, dtype):
-    """For each layer once: the loop over tokens holds the only decoding there is."""
-    config = ModelConfig(num_layers=3, width=192, num_heads=3, dtype=dtype, local_conv=local_conv)
+def generation_program(config, device, batch):
+    """The text of `generate` for a device."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     params = jax.tree.map(shape, nn.unbox(abstract_parameters(config)))
     weights = jax.eval_shape(lambda params: decoder.prepare(config, params), params)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def run(*args):
@@ -284,9 +281,37 @@ def test_generation_on_a_gpu_calls_the_kernels(local_conv, dtype):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        text = lower("A100", run, params, weights, integers(2), keys, integers(2, 0))
+        return lower(device, run, params, weights, integers(batch), keys, integers(batch, 0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("local_conv", [True, False])
+def test_generation_on_a_gpu_calls_the_kernels(local_conv, dtype):
+    """For each layer once: the loop over tokens holds the only decoding there is."""
+    config = ModelConfig(num_layers=3, width=192, num_heads=3, dtype=dtype, local_conv=local_conv)
+    text = generation_program(config, "A100", 2)
     assert text.count('name = "decode_mix"') == 3
     assert text.count('name = "decode_norm_conv"') == (3 if local_conv else 0)
+    assert "decode_product" not in text
+
+
+@NEEDS_JAX_11
+@pytest.mark.parametrize(
+    ("changes", "batch", "count"),
+    [
+        ({}, 64, 2 * 4 + 1),
+        ({"mixer": "softmax"}, 72, 2 * 4 + 1),
+        ({"dtype": "float32"}, 64, 0),
+        ({}, 63, 0),
+        ({}, 32, 0),
+    ],
+    ids=str,
+)
+def test_products_on_hopper_are_kernels(changes, batch, count):
+    """Four of each layer and the head's: none is left to XLA, none is there twice."""
+    config = ModelConfig(num_layers=2, width=192, num_heads=3, **({"dtype": "bfloat16"} | changes))
+    text = generation_program(config, "H100", batch)
+    assert len(re.findall(r"custom_call @mosaic_gpu_v2\(.*decode_product", text)) == count
 
 
 def test_images_are_the_same_on_any_mesh():

@@ -26,6 +26,7 @@ from lasad_jax.ops.kernels.decode_tiling import (
     Tiling,
     argument_obstacle,
     best_tiling,
+    interleave,
     obstacle,
 )
 
@@ -80,17 +81,6 @@ def swiglu(
     return _product(x, w, None, norm_eps=norm_eps, gated=True, **options)
 
 
-def interleave(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... 2F"]:
-    """Columns of both by turns, 32 at a time: what `swiglu` multiplies by. F: multiple of 32."""
-    if gate.shape != up.shape or gate.shape[-1] % PAIR:
-        raise ValueError(
-            f"gate, up: shapes {gate.shape} and {up.shape} must be equal, of a width that is a "
-            f"multiple of {PAIR}"
-        )
-    blocks = [x.reshape(*x.shape[:-1], -1, 1, PAIR) for x in (gate, up)]
-    return jnp.concatenate(blocks, axis=-2).reshape(*gate.shape[:-1], -1)
-
-
 def _product(
     x,
     w,
@@ -109,8 +99,9 @@ def _product(
     t = tiling or best_tiling(M, K, N, gated=gated, normed=normed)
     if why := t.obstacle(K, N, gated=gated, normed=normed):
         raise ValueError(f"tiling: {t}: {why}")
-    # TMA clips at the end of an array, but a tile may not be larger than all of it.
-    padded = max(M, t.rows) - M
+    # TMA clips at the end of an array, but a tile may not be larger than all of it, and an
+    # array is whole rows of eight.
+    padded = max(M + -M % 8, t.rows) - M
     if padded:
         x = jnp.pad(x, ((0, padded), (0, 0)))
         residual = None if residual is None else jnp.pad(residual, ((0, padded), (0, 0)))

@@ -6,14 +6,16 @@ M rows, K inputs, N outputs.
 import dataclasses
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from lasad_jax.ops.kernels.choice import device, is_hopper
 
 ROWS = 64  # of a warpgroup
-PAIR = 32  # columns of gate, then as many of up: `decode_product.interleave`
+PAIR = 32  # columns of gate, then as many of up: `interleave`
 SHARED_MEMORY = 227 * 1024
 _BARRIERS = 2048  # bytes kept for barriers and alignment
 _MOST_STAGES = 32
@@ -113,6 +115,24 @@ class Tiling:
         multiplied = waves * self.rows * self.columns * inputs / _PRODUCTS
         extra = (m * n > 1) * _CLUSTER + (self.split > 1) * _EXCHANGE
         return _START + max(read, taken, multiplied) + extra
+
+
+def pair_width(F: int) -> int:
+    """Columns of gate, then of up, at a time in `interleave`: 32 if that divides F."""
+    return math.gcd(F, PAIR)
+
+
+def interleave(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... 2F"]:
+    """Columns of both by turns, `pair_width` at a time: what gated products multiply by.
+
+    Raises:
+      ValueError: if shapes differ.
+    """
+    if gate.shape != up.shape:
+        raise ValueError(f"gate, up: shapes {gate.shape} and {up.shape} must be equal")
+    width = pair_width(gate.shape[-1])
+    blocks = [x.reshape(*x.shape[:-1], -1, 1, width) for x in (gate, up)]
+    return jnp.concatenate(blocks, axis=-2).reshape(*gate.shape[:-1], -1)
 
 
 def tilings(M: int, K: int, N: int, *, gated: bool = False, normed: bool = False) -> list[Tiling]:
