@@ -23,6 +23,9 @@ from lasad_jax.ops.ring import NUM_RECENT, ROWS, Ring, ring_step, start_ring
 from lasad_jax.sampling.decode import balanced_labels, generate, sample_tokens
 from lasad_jax.training.sharding import RULES, make_mesh
 
+NEEDS_JAX_11 = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
+)
 FAMILIES = [
     {"decay": decay, "selective": selective, "local_conv": conv, "rope": rope}
     for decay in ("none", "sequence", "raster", "manhattan")
@@ -299,19 +302,21 @@ def test_generation_on_a_gpu_calls_the_kernels(local_conv, dtype):
 @pytest.mark.parametrize(
     ("changes", "batch", "count"),
     [
-        ({}, 64, 2 * 4 + 1),
-        ({"mixer": "softmax"}, 72, 2 * 4 + 1),
-        ({"dtype": "float32"}, 64, 0),
-        ({}, 63, 0),
-        ({}, 32, 0),
+        ({}, 32, 2 * 4 + 1),
+        ({"mixer": "softmax"}, 36, 2 * 4 + 1),
+        ({"dtype": "float32"}, 32, 0),
+        ({}, 33, 0),
+        ({}, 16, 0),
     ],
     ids=str,
 )
 def test_products_on_hopper_are_kernels(changes, batch, count):
-    """Four of each layer and the head's: none is left to XLA, none is there twice."""
+    """Four of each layer and the head's: none is left to XLA, none is there twice.
+
+    Guidance makes two rows of each image: too few, or no multiple of 8, are left to XLA.
+    """
     config = ModelConfig(num_layers=2, width=192, num_heads=3, **({"dtype": "bfloat16"} | changes))
-    text = generation_program(config, "H100", batch)
-    assert len(re.findall(r"custom_call @mosaic_gpu_v2\(.*decode_product", text)) == count
+    assert generation_program(config, "H200", batch).count("@mosaic_gpu_v2") == count
 
 
 def test_images_are_the_same_on_any_mesh():
