@@ -112,6 +112,10 @@ def _product(
     return out[:M] if padded else out
 
 
+# Products alike are traced and compiled once, however many layers call for them.
+@functools.partial(
+    jax.jit, static_argnames=("t", "norm_eps", "gated", "out_dtype", "early", "interpret")
+)
 def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, interpret):
     (M, K), N = x.shape, w.shape[1]
     warpgroups = t.rows // ROWS
