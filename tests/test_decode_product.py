@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_cases import lower
 
 from lasad_jax.ops.kernels.decode_tiling import (
     SHARED_MEMORY,
@@ -84,6 +85,18 @@ def test_swiglu(F, tiling, eps):
     g, u = rows @ exact(gate), rows @ exact(up)
     assert out.shape == (70, F)
     assert_near(out, g / (1 + np.exp(-g)) * u)
+
+
+@NEEDS_JAX_11
+@pytest.mark.parametrize("M", [2, 100, 203])
+def test_any_number_of_rows_is_taken_on_hopper(M):
+    """Arrays that TMA reads are whole rows of eight: others are padded."""
+    rows = jax.ShapeDtypeStruct((M, 192), jnp.bfloat16)
+    w = jax.ShapeDtypeStruct((192, 192), jnp.bfloat16)
+    tiling = Tiling(64, 64, 2)
+    text = lower("H200", lambda x, w: dp.project_add(x, w, x, tiling=tiling), rows, w)
+    assert "@mosaic_gpu_v2" in text
+    assert f"-> tensor<{max(M + -M % 8, 64)}x192xbf16>" in text
 
 
 @NEEDS_JAX_11
