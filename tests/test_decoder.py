@@ -23,6 +23,9 @@ from lasad_jax.ops.ring import NUM_RECENT, ROWS, Ring, ring_step, start_ring
 from lasad_jax.sampling.decode import balanced_labels, generate, sample_tokens
 from lasad_jax.training.sharding import RULES, make_mesh
 
+NEEDS_JAX_11 = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
+)
 FAMILIES = [
     {"decay": decay, "selective": selective, "local_conv": conv, "rope": rope}
     for decay in ("none", "sequence", "raster", "manhattan")
@@ -268,15 +271,12 @@ def test_what_kernels_cannot_decode_is_refused():
 # Whole images
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("local_conv", [True, False])
-def test_generation_on_a_gpu_calls_the_kernels(local_conv, dtype):
-    """For each layer once: the loop over tokens holds the only decoding there is."""
-    config = ModelConfig(num_layers=3, width=192, num_heads=3, dtype=dtype, local_conv=local_conv)
+def generation_program(config, device, batch):
+    """The text of `generate` for a device."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     params = jax.tree.map(shape, nn.unbox(abstract_parameters(config)))
     weights = jax.eval_shape(lambda params: decoder.prepare(config, params), params)
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 2))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def run(*args):
@@ -284,9 +284,39 @@ def test_generation_on_a_gpu_calls_the_kernels(local_conv, dtype):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        text = lower("A100", run, params, weights, integers(2), keys, integers(2, 0))
+        return lower(device, run, params, weights, integers(batch), keys, integers(batch, 0))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("local_conv", [True, False])
+def test_generation_on_a_gpu_calls_the_kernels(local_conv, dtype):
+    """For each layer once: the loop over tokens holds the only decoding there is."""
+    config = ModelConfig(num_layers=3, width=192, num_heads=3, dtype=dtype, local_conv=local_conv)
+    text = generation_program(config, "A100", 2)
     assert text.count('name = "decode_mix"') == 3
     assert text.count('name = "decode_norm_conv"') == (3 if local_conv else 0)
+    assert "decode_product" not in text
+
+
+@NEEDS_JAX_11
+@pytest.mark.parametrize(
+    ("changes", "batch", "count"),
+    [
+        ({}, 32, 2 * 4 + 1),
+        ({"mixer": "softmax"}, 36, 2 * 4 + 1),
+        ({"dtype": "float32"}, 32, 0),
+        ({}, 33, 0),
+        ({}, 16, 0),
+    ],
+    ids=str,
+)
+def test_products_on_hopper_are_kernels(changes, batch, count):
+    """Four of each layer and the head's: none is left to XLA, none is there twice.
+
+    Guidance makes two rows of each image: too few, or no multiple of 8, are left to XLA.
+    """
+    config = ModelConfig(num_layers=2, width=192, num_heads=3, **({"dtype": "bfloat16"} | changes))
+    assert generation_program(config, "H200", batch).count("call @_launch") == count
 
 
 def test_images_are_the_same_on_any_mesh():

@@ -18,6 +18,13 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.decoder_products import (
+    Products,
+    normalise,
+    project,
+    project_add,
+    swiglu,
+)
 from lasad_jax.models.decoder_weights import LayerWeights, Weights, prepare
 from lasad_jax.models.layers import NORM_EPSILON
 from lasad_jax.models.local_conv import NUM_PREFIX
@@ -27,7 +34,7 @@ from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.local_conv import TAPS, neighbour
 from lasad_jax.ops.ring import Ring, ring_step, start_ring
 
-__all__ = ["IMPLEMENTATIONS", "Cache", "decode", "prepare", "start"]
+__all__ = ["IMPLEMENTATIONS", "Cache", "Products", "decode", "prepare", "start"]
 
 IMPLEMENTATIONS = ("auto", "xla", "triton")
 
@@ -105,6 +112,7 @@ def decode(
     cache: Cache,
     *,
     implementation: str = "auto",
+    products: Products | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads one code of each image; returns the logits of the next and the new cache.
 
@@ -113,8 +121,10 @@ def decode(
       weights: from `prepare`.
       tokens: codes.
       cache: from `start` or `decode`.
-      implementation: "xla" runs anywhere, "triton" is two kernels for NVIDIA GPUs, "auto"
-        the kernels where they can run.
+      implementation: of the mixers; "xla" runs anywhere, "triton" is two kernels for NVIDIA
+        GPUs, "auto" the kernels where they can run.
+      products: which matrix products are kernels where they can be; by default all, or none
+        where implementation is "xla".
 
     Returns:
       float32 logits and the cache after the codes.
@@ -122,53 +132,31 @@ def decode(
     Raises:
       ValueError: as `resolve_implementation`.
     """
+    if products is None:
+        products = Products(fused=()) if implementation == "xla" else Products()
     form = resolve_implementation(config, implementation)
     mixer = _softmax if config.mixer == "softmax" else functools.partial(_lasad, form)
     x = jnp.take(weights.embedding, tokens, axis=0)
     layers = []
     for layer, remembered in zip(weights.layers, cache.layers, strict=True):
-        mixed, remembered = mixer(config, weights, layer, x, remembered, cache.index)
+        mixed, remembered = mixer(config, products, weights, layer, x, remembered, cache.index)
         layers.append(remembered)
-        x = project_add(mixed, layer.out, x)
-        x = project_add(swiglu(normalise(x), layer.gate_up), layer.down, x)
-    logits = project(normalise(x), weights.head)
-    return logits.astype(jnp.float32), Cache(cache.index + 1, tuple(layers))
-
-
-# Matrix products
-
-
-def project(x: Float[Array, "B D"], w: Float[Array, "D E"]) -> Float[Array, "B E"]:
-    """x w."""
-    return x @ w
-
-
-def project_add(
-    x: Float[Array, "B D"], w: Float[Array, "D E"], residual: Float[Array, "B E"]
-) -> Float[Array, "B E"]:
-    """residual + x w."""
-    return residual + x @ w
-
-
-def swiglu(x: Float[Array, "B D"], w: Float[Array, "D 2*F"]) -> Float[Array, "B F"]:
-    """silu(gate) * up of [gate | up] = x w."""
-    gate, up = jnp.split(x @ w, 2, axis=-1)
-    return jax.nn.silu(gate) * up
-
-
-def normalise(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """To unit mean square over the last axis; the scale is in the next product."""
-    x32 = x.astype(jnp.float32)
-    factor = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + NORM_EPSILON)
-    return (x32 * factor).astype(x.dtype)
+        x = project_add(products, "out", mixed, layer.out, x)
+        x = project_add(
+            products, "down", swiglu(products, "gate_up", x, layer.gate_up), layer.down, x
+        )
+    logits = project(products, "head", x, weights.head, norm=True, out_dtype=jnp.float32)
+    return logits, Cache(cache.index + 1, tuple(layers))
 
 
 # Mixers
 
 
-def _lasad(form, config, weights, layer, x, cache, index):
-    x, recent = _norm_conv(form, config, layer, x, cache.recent, index)
-    projection = project(x, layer.projection)
+def _lasad(form, config, products, weights, layer, x, cache, index):
+    recent = cache.recent
+    if recent is not None:
+        x, recent = _norm_conv(form, config, layer, x, recent, index)
+    projection = project(products, "projection", x, layer.projection, norm=recent is None)
     if form == "triton":
         from lasad_jax.ops.kernels import decode_triton
 
@@ -187,8 +175,6 @@ def _lasad(form, config, weights, layer, x, cache, index):
 
 
 def _norm_conv(form, config, layer, x, recent, index):
-    if recent is None:
-        return normalise(x), None
     if form == "triton":
         from lasad_jax.ops.kernels import decode_triton
 
@@ -250,8 +236,8 @@ def mix(
     return normalise(out) * out_gate, state
 
 
-def _softmax(config, weights, layer, x, cache, index):
-    projection = project(normalise(x), layer.projection)
+def _softmax(config, products, weights, layer, x, cache, index):
+    projection = project(products, "projection", x, layer.projection, norm=True)
     q, k, v = _split_heads(config, projection, 3)
     if config.rope:
         q, k = turn(q, weights.turns[index]), turn(k, weights.turns[index])

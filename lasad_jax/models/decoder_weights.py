@@ -11,6 +11,7 @@ from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.mixers import FAMILIES
 from lasad_jax.models.rope import turn_table
+from lasad_jax.ops.kernels.decode_tiling import interleave
 
 # The fused projection is this many columns wide, or a multiple: what matrix products like.
 _COLUMNS = 64
@@ -28,7 +29,8 @@ class LayerWeights:
       gate_bias: bias of the decay gates.
       decay: LASAD's rates.
       log_factor: the log-factor of the step to each place, where the decay is a recurrence.
-      out, gate_up, down: output projection; gate beside up, and down, of the feed-forward.
+      out, gate_up, down: output projection; gate and up, columns of both by turns
+        (`interleave`), and down, of the feed-forward.
     """
 
     conv: Float[Array, "taps D"] | None
@@ -116,7 +118,7 @@ def _layer(config: ModelConfig, params: PyTree, matrix, exact) -> LayerWeights:
         decay=decay,
         log_factor=log_factor,
         out=matrix(out).reshape(-1, config.width),
-        gate_up=jnp.concatenate([kernel(ffn[name], "ffn_norm") for name in ("gate", "up")], axis=1),
+        gate_up=interleave(*(kernel(ffn[name], "ffn_norm") for name in ("gate", "up"))),
         down=matrix(ffn["down"]["kernel"]),
     )
 

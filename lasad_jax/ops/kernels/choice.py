@@ -50,6 +50,10 @@ def device() -> Device:
     return Device(jax.default_backend(), jax.devices()[0].device_kind)
 
 
+def is_hopper(where: Device) -> bool:
+    return _HOPPER.search(where.kind) is not None
+
+
 def choose(q: Array, v: Array, decay: Decay, num_prefix: int) -> str | None:
     """The best kernels for these arguments on this device; None if none can run."""
     able = (name for name in KERNELS if obstacle(name, q, v, decay, num_prefix) is None)
@@ -82,7 +86,7 @@ def _obstacle_on_hopper(
         return "it has no 2D decay; use 'triton'"
     if version < (0, 11):
         return f"it needs jax 0.11 or later, not {jax.__version__}"
-    if not _HOPPER.search(where.kind):
+    if not is_hopper(where):
         return f"it needs a Hopper GPU (H100, H200), not {where.kind}"
     if q.dtype != jnp.bfloat16 or (q.shape[3], v.shape[3]) != (64, 64):
         return f"it takes bfloat16 of Dk = Dv = 64, not {q.dtype} of {q.shape[3]}, {v.shape[3]}"

@@ -14,6 +14,9 @@ from jaxtyping import Array, Float, Int
 from lasad_jax.ops.kernels.triton_program import product
 from lasad_jax.ops.ring import NUM_RECENT, Ring
 
+# Keys of a memory that are folded at once: what tensor cores take.
+_FOLDED = 16
+
 
 def mix(
     ring: Ring,
@@ -24,6 +27,7 @@ def mix(
     turns: Float[Array, "tokens 2 Dk"] | None,
     gate_bias: Float[Array, " H"] | None,
     epsilon: float,
+    num_warps: int = 2,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B H Dv"], Ring]:
     """From a token's projections to the gated output of every head, one program each.
@@ -36,6 +40,7 @@ def mix(
       turns: for each token, what RoPE multiplies a head and its swapped pairs by.
       gate_bias: bias of the decay gates; None for no gate.
       epsilon: of the RMSNorm of each head, whose scale is left to the next product.
+      num_warps: of a program.
 
     Raises:
       ValueError: if Dk or Dv is not a power of two of at least 16.
@@ -52,51 +57,59 @@ def mix(
 
     def body(index_ref, ring_ref, projection_ref, table_refs, out_ref, new_ref):
         log_factor_ref, turns_ref, bias_ref = table_refs
-        h, index = pl.program_id(1), index_ref[0]
+        h = pl.program_id(1)
+        dtype = out_ref.dtype
+        row = jnp.arange(ring_ref.recent_k.shape[0])
+        value, column = jnp.arange(value_dim), jnp.arange(key_dim)
+        first = h * 2 * (key_dim + value_dim)
+        rounded = lambda x: x.astype(dtype).astype(jnp.float32)
+
+        # Loads first, the largest before all others: they are on their way together.
+        memory = ring_ref.memory[:, :]
+        index = index_ref[0]
+        read = lambda *parts: [projection_ref[first + part] for part in parts]
+        q, k, v, gate = read(
+            column, key_dim + column, 2 * key_dim + value, 2 * key_dim + value_dim + value
+        )
+        partners = read(column ^ 1, key_dim + (column ^ 1)) if turns_ref is not None else None
+        log_weight, of_memory = ring_ref.log_weight[:], ring_ref.log_weight[0]
+        if bias_ref is not None:
+            content = projection_ref[2 * num_heads * (key_dim + value_dim) + h]
+            bias = bias_ref[h]
         place = index - 1
         slot = 1 + place % NUM_RECENT
-        row = jnp.arange(ring_ref.recent_k.shape[0])
-        dtype = out_ref.dtype
-        rounded = lambda x: x.astype(dtype).astype(jnp.float32)
-        first = h * 2 * (key_dim + value_dim)
-        value, column = jnp.arange(value_dim), jnp.arange(key_dim)
-        read = lambda at: projection_ref[at].astype(jnp.float32)
-
-        def query_or_key(offset):
-            x = rounded(_silu(read(first + offset + column)))
-            if turns_ref is None:
-                return x
-            partner = rounded(_silu(read(first + offset + (column ^ 1))))
-            return rounded(x * turns_ref[index, 0] + partner * turns_ref[index, 1])
-
-        q = rounded(query_or_key(0) * key_dim**-0.5)
-        k = query_or_key(key_dim)
-        v = read(first + 2 * key_dim + value)
-        gate = rounded(_silu(read(first + 2 * key_dim + value_dim + value)))
-        g = log_factor_ref[place, h]
-        if bias_ref is not None:
-            gates = 2 * num_heads * (key_dim + value_dim)
-            g -= _softplus(projection_ref[gates + h].astype(jnp.float32) + bias_ref[h])
-
         # Rows from `slot` on hold nothing yet.
-        held = row < slot
+        held = (row < slot)[:, None]
+        rows = [
+            plgpu.load(ref.at[:, :], mask=jnp.broadcast_to(held, ref.shape), other=0.0)
+            for ref in (ring_ref.recent_k, ring_ref.recent_v)
+        ]
+        g = log_factor_ref[place, h]
+        turns = [turns_ref[index, i] for i in range(2)] if turns_ref is not None else None
+
+        if bias_ref is not None:
+            g -= _softplus(content.astype(jnp.float32) + bias)
+        activated = lambda x: rounded(_silu(x.astype(jnp.float32)))
+        q, k, gate, v = activated(q), activated(k), activated(gate), v.astype(jnp.float32)
+        if turns_ref is not None:
+            q, k = (
+                rounded(x * turns[0] + activated(partner) * turns[1])
+                for x, partner in zip((q, k), partners, strict=True)
+            )
+        q = rounded(q * key_dim**-0.5)
         new = (row == slot)[:, None]
-        rows_of = lambda ref, x: jnp.where(
-            new,
-            x[None, :],
-            plgpu.load(
-                ref.at[:, :], mask=jnp.broadcast_to(held[:, None], ref.shape), other=0.0
-            ).astype(jnp.float32),
+        recent_k, recent_v = (
+            jnp.where(new, x[None, :], before.astype(jnp.float32))
+            for x, before in zip((k, v), rows, strict=True)
         )
-        recent_k, recent_v = rows_of(ring_ref.recent_k, k), rows_of(ring_ref.recent_v, v)
-        log_weight = jnp.where(row == slot, 0.0, ring_ref.log_weight[:] + g)
-        of_memory = jnp.exp(ring_ref.log_weight[0] + g)
+        log_weight = jnp.where(row == slot, 0.0, log_weight + g)
+        of_memory = jnp.exp(of_memory + g)
         weight = jnp.where(row == 0, 0.0, jnp.exp(log_weight))
 
-        memory = ring_ref.memory[:, :].astype(jnp.float32)
         scores = jnp.sum(q[None, :] * recent_k, axis=1) * jnp.where(row == 0, 1.0, weight)
-        x = jnp.sum(scores[:, None] * recent_v, axis=0)
-        x += of_memory * jnp.sum(q[:, None] * memory, axis=0)
+        # One sum over threads: of the memory's share as it lies, then of the rows'.
+        x = of_memory * jnp.sum(q[:, None] * memory.astype(jnp.float32), axis=0)
+        x += jnp.sum(scores[:, None] * recent_v, axis=0)
         x = rounded(x)
         x *= lax.rsqrt(jnp.sum(x * x, axis=0) / value_dim + epsilon)
         out_ref[:] = (rounded(x) * gate).astype(dtype)
@@ -112,9 +125,16 @@ def mix(
 
         @pl.when(full)
         def _():
+            # Read again and part by part: what is kept for this one token in fifteen would
+            # take registers, and so programs at work, from all others.
+            if not interpret:
+                plgpu.debug_barrier()
             weighted = (weight[:, None] * recent_v).astype(dtype)
-            folded = of_memory * memory + dot(recent_k.astype(dtype), weighted, 0, 0)
-            new_ref.memory[:, :] = folded.astype(new_ref.memory.dtype)
+            for part in range(0, key_dim, _FOLDED):
+                keys = pl.ds(part, _FOLDED)
+                folded = of_memory * new_ref.memory[keys, :].astype(jnp.float32)
+                folded += dot(new_ref.recent_k[:, keys], weighted, 0, 0)
+                new_ref.memory[keys, :] = folded.astype(new_ref.memory.dtype)
 
     ring_specs = jax.tree.map(per_head, ring)
     num_parts = len(jax.tree.leaves(ring))
@@ -130,7 +150,7 @@ def mix(
         out_specs=(pl.BlockSpec((None, None, value_dim), lambda b, h: (b, h, 0)), ring_specs),
         out_shape=(out, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), ring)),
         input_output_aliases={1 + i: 1 + i for i in range(num_parts)},
-        compiler_params=plgpu.CompilerParams(num_warps=2, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="decode_mix",
     )(index[None], ring, projection, tables)
@@ -145,6 +165,7 @@ def norm_conv(
     offsets: tuple[tuple[int, int], ...],
     columns: int,
     epsilon: float,
+    num_warps: int = 4,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B W D"]]:
     """RMSNorm, then the local convolution of one token; a program for each image.
@@ -157,6 +178,7 @@ def norm_conv(
         neighbour, of which the first is the token itself.
       columns: C.
       epsilon: of the norm, whose scale is left to the next product.
+      num_warps: of a program.
     """
     batch, width = x.shape
     window = recent.shape[1]
@@ -169,15 +191,19 @@ def norm_conv(
         index = index_ref[0]
         row, column = (index - 1) // columns, (index - 1) % columns
         x = load(x_ref.at[:])
+        # All that is read is on its way before the norm's sum, which every thread awaits.
+        weights = [load(taps_ref.at[tap * width + channel]) for tap in range(len(offsets))]
+        neighbours = []
+        for down, right in offsets[1:]:
+            inside = (row + down >= 0) & (column + right >= 0) & (column + right < columns)
+            slot = (index + window + down * columns + right) % window
+            neighbours.append(jnp.where(inside, load(recent_ref.at[slot]), 0.0))
         x *= lax.rsqrt(jnp.sum(x * x, axis=0) / width + epsilon)
         x = x.astype(recent_ref.dtype)
         y = x.astype(jnp.float32)
-        y += y * load(taps_ref.at[channel])
-        for tap, (down, right) in enumerate(offsets[1:], start=1):
-            inside = (row + down >= 0) & (column + right >= 0) & (column + right < columns)
-            slot = (index + window + down * columns + right) % window
-            neighbour = jnp.where(inside, load(recent_ref.at[slot]), 0.0)
-            y += neighbour * load(taps_ref.at[tap * width + channel])
+        y += y * weights[0]
+        for neighbour, weight in zip(neighbours, weights[1:], strict=True):
+            y += neighbour * weight
         plgpu.store(y_ref.at[:], y.astype(y_ref.dtype), mask=exists)
         if not interpret:
             # The oldest neighbour lies where the newest will.
@@ -201,7 +227,7 @@ def norm_conv(
             jax.ShapeDtypeStruct(recent.shape, recent.dtype),
         ),
         input_output_aliases={1: 1},
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="decode_norm_conv",
     )(index[None], recent, x, taps.reshape(-1))
