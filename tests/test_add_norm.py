@@ -9,9 +9,9 @@ import pytest
 from jax.sharding import PartitionSpec
 from kernel_cases import lower
 
-from lasad_jax.ops.add_norm import _add_norm, add_norm, kernels, plain
-from lasad_jax.ops.dropout import kept, token_seeds
 from lasad_jax.ops.kernels.add_norm_triton import Tiling, _column_tiles
+from lasad_jax.ops.passes.add_norm import _add_norm, add_norm, kernels, plain
+from lasad_jax.ops.passes.dropout import kept, token_seeds
 
 EPSILON = 1e-5
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from lasad_jax.models.operator import mesh_axes
 from lasad_jax.ops.numerics import accumulator
-from lasad_jax.ops.row_losses import row_losses
+from lasad_jax.ops.passes.row_losses import row_losses
 
 # Logits that exist on a device at a time: half a gigabyte in bfloat16.
 _MAX_LOGITS = 2**28

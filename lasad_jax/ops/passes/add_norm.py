@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt32
 
-from lasad_jax.ops.dropout import kept
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.numerics import wide
+from lasad_jax.ops.passes.dropout import kept
 
 Tokens = Float[Array, "B N D"]
 
