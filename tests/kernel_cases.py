@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -193,3 +194,42 @@ def lower(name: str, function, *args) -> str:
     platform = {"gpu": "cuda", "tpu": "tpu"}[_KINDS[name][1]]
     with on(name):
         return jax.jit(function).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+# Programs
+
+
+def live_calls(lowered: jax.stages.Lowered) -> Iterator[tuple[str, str, int]]:
+    """Kernels of a program: target, name (empty for Mosaic GPU) and number of outputs of each.
+
+    Without those whose results nobody reads, such as what rematerialisation would make of
+    results that are kept: XLA removes them first of all.
+    """
+    module = lowered.compiler_ir("stablehlo")
+    functions = {function.attributes["sym_name"].value: function for function in module.body}
+    return _live(functions["main"].operation, functions)
+
+
+def _live(op, functions):
+    for block in (block for region in op.regions for block in region):
+        for inner in reversed(list(block.operations)):
+            inner = inner.operation
+            pure = inner.name.startswith("stablehlo.") or inner.name == "func.call"
+            if pure and inner.results and not any(list(x.uses) for x in inner.results):
+                inner.erase()
+                continue
+            if inner.name == "stablehlo.custom_call":
+                yield _described(inner)
+            if inner.name == "func.call":
+                yield from _live(functions[inner.attributes["callee"].value].operation, functions)
+            yield from _live(inner, functions)
+
+
+def _described(call):
+    # Mosaic TPU's name stands with the other attributes, Triton's among its options.
+    options, key, name = call.attributes, "kernel_name", ""
+    if "mhlo.backend_config" in options:
+        options, key = options["mhlo.backend_config"], "name"
+    if key in options:
+        name = options[key].value
+    return call.attributes["call_target_name"].value, name, len(call.results)

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
+from kernel_cases import lower
 
-from lasad_jax.ops.add_norm import _add_norm, add_norm, kernels, plain
-from lasad_jax.ops.dropout import kept, token_seeds
 from lasad_jax.ops.kernels.add_norm_triton import Tiling, _column_tiles
+from lasad_jax.ops.passes.add_norm import _add_norm, add_norm, kernels, plain
+from lasad_jax.ops.passes.dropout import kept, token_seeds
 
 EPSILON = 1e-5
 
@@ -119,8 +120,8 @@ def test_one_launch_each_way(rate):
         out, pull = jax.vjp(lambda x, b: _add_norm(*ways, x, b, inputs[2]), *inputs[:2])
         return out, pull(cotangents)
 
-    text = jax.jit(run).trace(inputs, cotangents).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("xla.gpu.triton") == 2
+    text = lower("H200", run, inputs, cotangents)
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 2
 
 
 def test_on_a_mesh_each_device_has_its_own_images():

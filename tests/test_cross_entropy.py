@@ -12,10 +12,10 @@ from kernel_cases import lower, on, quick_jit
 from scipy.special import log_softmax
 
 from lasad_jax.config import MeshConfig
-from lasad_jax.ops import row_losses as rows_module
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.kernels.row_losses_triton import Tiling
-from lasad_jax.ops.row_losses import kernel, row_losses
+from lasad_jax.ops.passes import row_losses as rows_module
+from lasad_jax.ops.passes.row_losses import kernel, row_losses
 from lasad_jax.training import cross_entropy
 from lasad_jax.training.cross_entropy import mean_loss, token_losses
 from lasad_jax.training.sharding import RULES, batch_sharding, make_mesh

@@ -10,11 +10,11 @@ import pytest
 from kernel_cases import lower, on, quick_jit
 
 from lasad_jax.config import MeshConfig
-from lasad_jax.ops import gated_products as module
-from lasad_jax.ops.gated_products import fused, gated_heads_product, kernels, swiglu_product
 from lasad_jax.ops.keep import keep_policy
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.kernels.gated_triton import Tiling
+from lasad_jax.ops.passes import gated_products as module
+from lasad_jax.ops.passes.gated_products import fused, gated_heads_product, kernels, swiglu_product
 from lasad_jax.training.sharding import batch_sharding, make_mesh
 
 # B, N, F, D

@@ -1,7 +1,7 @@
 """Fused kernels in a model on a mesh: each device's own part, and the lowered train step."""
 
+import collections
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from kernel_cases import live_calls
 from ops_cases import assert_close, make_decay
 
 from lasad_jax import ops
@@ -90,30 +91,47 @@ def test_each_device_computes_its_own_part(
     assert_close(got, want, 1e-5)
 
 
+# Kernels of a block, and of what comes after the last one.
+BLOCK = {
+    "add_norm_forward": 2,
+    "local_conv_forward": 1,
+    # Queries, keys and values are not kept: this pass makes them again.
+    "split_heads_forward": 2,
+    "gated_heads_forward": 1,
+    "gated_swiglu_forward": 1,
+    "gated_swiglu_backward": 1,
+    "gated_heads_backward": 1,
+    "split_heads_backward": 1,
+    "local_conv_backward": 1,
+    "add_norm_backward": 2,
+}
+END = {"add_norm_forward": 1, "add_norm_backward": 1, "row_losses": 1}
+
+
 @pytest.mark.parametrize(
-    ("kind", "platform", "decay", "call"),
+    ("kind", "platform", "decay", "target"),
     [
         pytest.param(
             "NVIDIA H200",
             "gpu",
             "raster",
-            "mosaic_gpu",
+            "mosaic_gpu_v2",
             marks=pytest.mark.skipif(
                 jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
             ),
         ),
-        ("NVIDIA A100", "gpu", "raster", "gpu.triton"),
-        ("NVIDIA A100", "gpu", "manhattan", "gpu.triton"),
+        ("NVIDIA A100", "gpu", "raster", "__gpu$xla.gpu.triton"),
+        ("NVIDIA A100", "gpu", "manhattan", "__gpu$xla.gpu.triton"),
         ("TPU v5 lite", "tpu", "raster", "tpu_custom_call"),
         ("TPU v5 lite", "tpu", "manhattan", "tpu_custom_call"),
     ],
 )
-@pytest.mark.parametrize("sizes", [None, (2, 2, 2)])
+@pytest.mark.parametrize(("sizes", "unroll"), [(None, 1), (None, 3), ((2, 2, 2), 1)], ids=str)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_the_train_step_lowers_with_kernels(kind, platform, decay, call, sizes):
-    """Layers under scan and remat; on a mesh under shard_map."""
-    model = ModelConfig(decay=decay, selective=decay == "raster", unroll=1, **SIZES["B"])
-    config = Config(model=model)
+def test_the_train_step_lowers_with_kernels(kind, platform, decay, target, sizes, unroll):
+    """Layers under remat, as a loop or one by one; on a mesh under shard_map."""
+    model = {**SIZES["B"], "num_layers": 3, "decay": decay, "selective": decay == "raster"}
+    config = Config(model=ModelConfig(**model, unroll=unroll))
     state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:1]))
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     batch = {
@@ -127,13 +145,26 @@ def test_the_train_step_lowers_with_kernels(kind, platform, decay, call, sizes):
         mesh = AbstractMesh(sizes, AXES, axis_types=types, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(RULES):
         traced = jax.jit(make_train_step(config)).trace(state, batch)
-        target = {"gpu": "cuda", "tpu": "tpu"}[platform]
-        text = traced.lower(lowering_platforms=(target,)).as_text()
-    calls = re.findall(rf"custom_call @[\w$.]*{re.escape(call)}(.*-> .*)", text)
-    calls = [line.split("-> ")[-1] for line in calls if "local_conv" not in line]
-    # Forward, forward again for what remat has not kept, backward. Only the second stores the
-    # states of chunks; the 2D decay has none.
-    outputs = [result.count("tensor<") for result in calls]
-    assert outputs == [1, 1 if decay == "manhattan" else 2, outputs[2]]
-    assert outputs[2] >= 4
-    assert ("manual_computation" in text) == (sizes is not None)
+        lowered = traced.lower(lowering_platforms=({"gpu": "cuda", "tpu": "tpu"}[platform],))
+    assert ("manual_computation" in lowered.as_text()) == (sizes is not None)
+    calls = list(live_calls(lowered))
+
+    is_operator = lambda call: call[1].startswith(("recurrence_", "manhattan_")) or not call[1]
+    operator = [call for call in calls if is_operator(call)]
+    assert {called for called, _, _ in operator} == {target}
+    # Forward and backward, and not forward again: remat keeps the output and, stored at once,
+    # the states of chunks; the 2D decay has none.
+    outputs = sorted(count for _, _, count in operator)
+    forward, backward = outputs[:unroll], outputs[unroll:]
+    assert forward == [1 if decay == "manhattan" else 2] * unroll
+    assert len(backward) == unroll
+    assert min(backward) >= 4
+
+    passes = collections.Counter(call[1] for call in calls if not is_operator(call))
+    expected = collections.Counter()
+    if platform == "gpu":
+        expected.update({name: unroll * count for name, count in BLOCK.items()})
+        expected.update(END)
+        if sizes is not None:
+            del expected["row_losses"]  # on this mesh no device has whole rows
+    assert passes == expected

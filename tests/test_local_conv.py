@@ -13,10 +13,10 @@ from kernel_cases import lower, on, quick_jit
 from lasad_jax.config import MeshConfig
 from lasad_jax.models import ModelConfig
 from lasad_jax.models.local_conv import LocalConv
-from lasad_jax.ops import local_conv as module
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.kernels.local_conv_triton import Tiling
-from lasad_jax.ops.local_conv import fused, kernels, local_conv
+from lasad_jax.ops.passes import local_conv as module
+from lasad_jax.ops.passes.local_conv import fused, kernels, local_conv
 from lasad_jax.training.sharding import RULES, batch_sharding, make_mesh
 
 # grid, P, N, D

@@ -13,10 +13,10 @@ from kernel_cases import lower, on, quick_jit
 from lasad_jax.config import MeshConfig
 from lasad_jax.models.operator import mesh_axes
 from lasad_jax.models.rope import rotate, turns
-from lasad_jax.ops import split_heads as module
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.kernels.split_heads_triton import Tiling
-from lasad_jax.ops.split_heads import kernels, split_heads, with_gradient
+from lasad_jax.ops.passes import split_heads as module
+from lasad_jax.ops.passes.split_heads import kernels, split_heads, with_gradient
 from lasad_jax.training.sharding import RULES, make_mesh
 
 # N, H, Dk, Dv, W, whether tokens turn

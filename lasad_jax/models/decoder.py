@@ -31,7 +31,7 @@ from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.models.mixers import FAMILIES
 from lasad_jax.models.rope import turn
 from lasad_jax.ops.kernels import choice
-from lasad_jax.ops.local_conv import TAPS, neighbour
+from lasad_jax.ops.passes.local_conv import TAPS, neighbour
 from lasad_jax.ops.ring import Ring, ring_step, start_ring
 
 __all__ = ["IMPLEMENTATIONS", "Cache", "Products", "decode", "prepare", "start"]

@@ -8,10 +8,10 @@ from jaxtyping import Array, Float, Int
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.operator import mesh_axes, passes
 from lasad_jax.models.sizes import ffn_width
-from lasad_jax.ops.add_norm import add_norm
-from lasad_jax.ops.dropout import token_seeds
-from lasad_jax.ops.gated_products import swiglu_product
 from lasad_jax.ops.keep import keep
+from lasad_jax.ops.passes.add_norm import add_norm
+from lasad_jax.ops.passes.dropout import token_seeds
+from lasad_jax.ops.passes.gated_products import swiglu_product
 
 NORM_EPSILON = 1e-5
 _ONE_HOT_UP_TO = 1024

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.layers import normal_init
 from lasad_jax.models.operator import mesh_axes, passes
-from lasad_jax.ops.local_conv import TAPS, local_conv, neighbour
+from lasad_jax.ops.passes.local_conv import TAPS, local_conv, neighbour
 
 NUM_PREFIX = 1
 

@@ -17,9 +17,9 @@ from lasad_jax.models.layers import NORM_EPSILON, Kernel, Scale, product
 from lasad_jax.models.local_conv import NUM_PREFIX, LocalConv
 from lasad_jax.models.operator import linear_attention, mesh_axes, passes
 from lasad_jax.models.rope import rotate, turns
-from lasad_jax.ops.gated_products import gated_heads_product
 from lasad_jax.ops.keep import keep
-from lasad_jax.ops.split_heads import split_heads
+from lasad_jax.ops.passes.gated_products import gated_heads_product
+from lasad_jax.ops.passes.split_heads import split_heads
 
 _HEADS = ("embed", "heads", "head_dim")
 _OUT = ("heads", "head_dim", "embed")

@@ -10,7 +10,8 @@ R x C grid in raster order. One legend of dimension letters for the whole packag
     L chunk length M number of chunks
 
 `linear_attention` computes whole sequences, `init_state` and `step` one token at a
-time from a carried state, `decay_matrix` the weights D(t, s) themselves.
+time from a carried state, `decay_matrix` the weights D(t, s) themselves. `passes` is what a
+network does around the operator.
 """
 
 from lasad_jax.ops.attention import IMPLEMENTATIONS, linear_attention, resolve_implementation

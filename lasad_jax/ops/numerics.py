@@ -15,6 +15,11 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+def wide(x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+    """x in the dtype that sums of its elements are in."""
+    return x.astype(accumulator(x.dtype))
+
+
 def einsum(subscripts: str, *operands: Array) -> Array:
     """Matrix product of equally typed operands, accumulated in float32 or better.
 

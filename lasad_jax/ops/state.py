@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from lasad_jax.ops.decays import Decay, Grid, ManhattanDecay
+from lasad_jax.ops.numerics import accumulator
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +55,6 @@ def init_state(
     return State(
         prefix_k=jnp.zeros((batch, num_prefix, num_heads, key_dim), dtype),
         prefix_v=jnp.zeros((batch, num_prefix, num_heads, value_dim), dtype),
-        memory=jnp.zeros(memory, jnp.promote_types(dtype, jnp.float32)),
+        memory=jnp.zeros(memory, accumulator(dtype)),
         index=jnp.zeros((), jnp.int32),
     )

@@ -9,10 +9,12 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lasad_jax.models.operator import mesh_axes
-from lasad_jax.ops.row_losses import row_losses
+from lasad_jax.ops.numerics import accumulator
+from lasad_jax.ops.passes.row_losses import row_losses
 
 # Logits that exist on a device at a time: half a gigabyte in bfloat16.
 _MAX_LOGITS = 2**28
@@ -43,14 +45,14 @@ def mean_loss(
 
 
 def _mean_loss_forward(x, kernel, tokens):
-    weights, wide = kernel.astype(x.dtype), jnp.promote_types(x.dtype, jnp.float32)
+    weights, acc = kernel.astype(x.dtype), accumulator(x.dtype)
     total, d_x, d_kernel = 0.0, [], 0.0
     for part in _parts(*tokens.shape, kernel.shape[-1]):
         losses, d_logits = _losses(x[:, part], weights, tokens[:, part], True)
         total += losses.sum()
         d_logits, rows = _matrix(d_logits), _matrix(x[:, part])
         d_x.append((d_logits @ weights.T).reshape(*losses.shape, -1))
-        d_kernel += jnp.matmul(rows.T, d_logits, preferred_element_type=wide)
+        d_kernel += jnp.matmul(rows.T, d_logits, preferred_element_type=acc)
     # The division waits for the gradient's consumer: in float16 it would underflow here.
     return total / tokens.size, (jnp.concatenate(d_x, axis=1), d_kernel, kernel, tokens)
 
@@ -80,7 +82,7 @@ def _losses(
     with_gradient: bool,
 ) -> tuple[Float[Array, "B n"], Float[Array, "B n V"] | None]:
     """Losses of some tokens and their gradients with respect to the logits."""
-    logits = (_matrix(x) @ weights).reshape(*tokens.shape, -1)
+    logits = _split((_matrix(x) @ weights).reshape(*tokens.shape, -1))
     # The kernel takes whole rows; XLA's own operations add up over those that are split.
     split = _devices("vocab", logits.shape[-1]) > 1
     return row_losses(
@@ -90,6 +92,15 @@ def _losses(
         implementation="plain" if split else "auto",
         batch_axes=mesh_axes("batch", tokens.shape[0]),
     )
+
+
+def _split(logits: Float[Array, "B n V"]) -> Float[Array, "B n V"]:
+    """Rows with their images and columns with their codes: where the width is split, XLA is to
+    gather the kernel, not to send logits."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return logits
+    axes = mesh_axes("batch", logits.shape[0]), None, mesh_axes("vocab", logits.shape[2])
+    return jax.lax.with_sharding_constraint(logits, PartitionSpec(*axes))
 
 
 def _matrix(x: Float[Array, "B n D"]) -> Float[Array, "M D"]:

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, UInt32
 
-from lasad_jax.ops.dropout import kept
+from lasad_jax.ops.passes.dropout import kept
 
 _SMALLEST_TILE = 16
 

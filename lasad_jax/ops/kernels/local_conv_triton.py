@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from lasad_jax.ops.local_conv import TAPS, neighbour
+from lasad_jax.ops.passes.local_conv import TAPS, neighbour
 
 
 @dataclasses.dataclass(frozen=True)

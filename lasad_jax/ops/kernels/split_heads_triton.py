@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from lasad_jax.ops.split_heads import Heads
+from lasad_jax.ops.passes.split_heads import Heads
 
 # 1 / (1 + 2^(-x / log 2)), small results flushed to 0.
 _SIGMOID = """{

@@ -10,8 +10,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lasad_jax.ops.kernels import choice
-
-IMPLEMENTATIONS = ("auto", "plain", "triton")
+from lasad_jax.ops.numerics import wide
 
 
 def row_losses(
@@ -41,11 +40,8 @@ def row_losses(
     Raises:
       ValueError: if shapes or options do not fit, or "triton" cannot run.
     """
-    _check(logits, tokens, implementation)
-    obstacle = choice.triton_obstacle(logits)
-    if implementation == "triton" and obstacle:
-        raise ValueError(f"implementation: 'triton' cannot run here: {obstacle}; use 'auto'")
-    if implementation == "plain" or obstacle:
+    _check(logits, tokens)
+    if not choice.prefers_triton(logits, implementation):
         return _plain(logits, tokens, with_gradient)
     run = functools.partial(_flat, kernel(with_gradient=with_gradient))
     if not jax.sharding.get_abstract_mesh().empty:
@@ -70,7 +66,7 @@ def _flat(kernel, logits, tokens):
 
 def _plain(logits, tokens, with_gradient):
     """The same with XLA's own operations."""
-    x = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    x = wide(logits)
     # Of the distance to the largest one, which may be far from 0, float32 keeps enough digits.
     largest = jnp.max(x, axis=-1, keepdims=True)
     powers = jnp.exp(x - largest)
@@ -82,9 +78,7 @@ def _plain(logits, tokens, with_gradient):
     return losses, d_logits
 
 
-def _check(logits, tokens, implementation):
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: {implementation!r} is not one of {IMPLEMENTATIONS}")
+def _check(logits, tokens):
     if tokens.ndim < 1 or tokens.shape != logits.shape[:-1]:
         raise ValueError(
             f"tokens: expected one for each row of logits {logits.shape}, so "

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from lasad_jax.ops.kernels import choice
+from lasad_jax.ops.numerics import wide
 
-IMPLEMENTATIONS = ("auto", "plain", "triton")
 Heads = tuple[
     Float[Array, "B N H Dk"],
     Float[Array, "B N H Dk"],
@@ -61,17 +61,14 @@ def split_heads(
     Raises:
       ValueError: if shapes or options do not fit, or "triton" cannot run.
     """
-    _check(y, table, key_dim, value_dim, gated, implementation)
-    obstacle = choice.triton_obstacle(y)
-    if implementation == "triton" and obstacle:
-        raise ValueError(f"implementation: 'triton' cannot run here: {obstacle}; use 'auto'")
+    _check(y, table, key_dim, value_dim, gated)
     options = {
         "key_dim": key_dim,
         "value_dim": value_dim,
         "q_scale": float(q_scale),
         "gated": gated,
     }
-    if implementation == "plain" or obstacle:
+    if not choice.prefers_triton(y, implementation):
         ways = (functools.partial(way, **options) for way in (_forward, _backward))
         return with_gradient(y, table, *ways)
     forward, backward = kernels(**options)
@@ -115,13 +112,12 @@ with_gradient.defvjp(_vjp_forward, _vjp_backward)
 
 def _forward(y, table, *, key_dim, value_dim, q_scale, gated):
     """The same with XLA's own operations."""
-    wide = jnp.promote_types(y.dtype, jnp.float32)
     q, k = (
-        _rotate(jax.nn.silu(x.astype(wide)), table)
+        _rotate(jax.nn.silu(wide(x)), table)
         for x in (y[..., :key_dim], y[..., key_dim : 2 * key_dim])
     )
     v = y[..., 2 * key_dim : 2 * key_dim + value_dim]
-    gate = y[..., 2 * (key_dim + value_dim)].astype(wide) if gated else None
+    gate = wide(y[..., 2 * (key_dim + value_dim)]) if gated else None
     return (q * q_scale).astype(y.dtype), k.astype(y.dtype), v, gate
 
 
@@ -144,9 +140,7 @@ def _rotate(x, table):
     return (pairs * cos + lax.rev(pairs, (pairs.ndim - 1,)) * sin).reshape(x.shape)
 
 
-def _check(y, table, key_dim, value_dim, gated, implementation):
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: {implementation!r} is not one of {IMPLEMENTATIONS}")
+def _check(y, table, key_dim, value_dim, gated):
     columns = 2 * (key_dim + value_dim)
     fits = y.ndim == 4 and (y.shape[3] > columns if gated else y.shape[3] == columns)
     if not fits:

@@ -16,10 +16,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from lasad_jax.ops.kernels import choice
+from lasad_jax.ops.numerics import wide
 
 # Rows down and columns to the right of each tap: itself, left, and the three above.
 TAPS = ((0, 0), (0, -1), (-1, -1), (-1, 0), (-1, 1))
-IMPLEMENTATIONS = ("auto", "plain", "triton")
 
 
 def neighbour(
@@ -75,12 +75,9 @@ def local_conv(
     Raises:
       ValueError: if shapes or options do not fit, or "triton" cannot run.
     """
-    _check(x, factor, kernel, grid, num_prefix, implementation)
+    _check(x, factor, kernel, grid, num_prefix)
     columns = grid[1]
-    obstacle = choice.triton_obstacle(x)
-    if implementation == "triton" and obstacle:
-        raise ValueError(f"implementation: 'triton' cannot run here: {obstacle}; use 'auto'")
-    if implementation == "plain" or obstacle:
+    if not choice.prefers_triton(x, implementation):
         return _plain(x, factor, kernel, columns, num_prefix)
     forward, backward = kernels(columns=columns, num_prefix=num_prefix)
     if not jax.sharding.get_abstract_mesh().empty:
@@ -132,10 +129,10 @@ fused.defvjp(_fused_forward, _fused_backward)
 
 def _plain(x, factor, kernel, columns, num_prefix):
     """The same with XLA's own operations."""
-    num_tokens, wide = x.shape[1], jnp.promote_types(x.dtype, jnp.float32)
-    z, kernel = x.astype(wide), kernel.astype(wide)
+    num_tokens, z = x.shape[1], wide(x)
+    kernel = kernel.astype(z.dtype)
     if factor is not None:
-        z *= factor[..., None].astype(wide)
+        z *= factor[..., None].astype(z.dtype)
     tokens = jnp.arange(num_tokens)
     y = z
     for tap, (down, right) in enumerate(TAPS):
@@ -146,9 +143,7 @@ def _plain(x, factor, kernel, columns, num_prefix):
     return y.astype(x.dtype)
 
 
-def _check(x, factor, kernel, grid, num_prefix, implementation):
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: {implementation!r} is not one of {IMPLEMENTATIONS}")
+def _check(x, factor, kernel, grid, num_prefix):
     longest = num_prefix + grid[0] * grid[1]
     if x.ndim != 3 or x.shape[1] > longest:
         raise ValueError(

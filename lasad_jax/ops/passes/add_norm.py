@@ -14,9 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, UInt32
 
-from lasad_jax.ops.dropout import kept
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
+from lasad_jax.ops.numerics import wide
+from lasad_jax.ops.passes.dropout import kept
 
 Tokens = Float[Array, "B N D"]
 
@@ -101,15 +102,14 @@ def plain(rate: float, epsilon: float) -> tuple[Callable, Callable]:
 
 def _forward(rate, epsilon, x, branch, seeds):
     x = x + _drop(branch, seeds, rate)
-    wide = _wide(x)
-    factor = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1) + epsilon)
-    return x, (wide * factor[..., None]).astype(x.dtype), factor
+    factor = jax.lax.rsqrt(jnp.mean(jnp.square(wide(x)), axis=-1) + epsilon)
+    return x, (wide(x) * factor[..., None]).astype(x.dtype), factor
 
 
 def _backward(rate, d_x, d_y, y, factor, seeds):
-    wide, d_wide = _wide(y), _wide(d_y)
-    along = jnp.mean(wide * d_wide, axis=-1, keepdims=True)
-    d_x = (_wide(d_x) + factor[..., None] * (d_wide - wide * along)).astype(y.dtype)
+    wide_y, wide_dy = wide(y), wide(d_y)
+    along = jnp.mean(wide_y * wide_dy, axis=-1, keepdims=True)
+    d_x = (wide(d_x) + factor[..., None] * (wide_dy - wide_y * along)).astype(y.dtype)
     return d_x, _drop(d_x, seeds, rate)
 
 
@@ -117,8 +117,4 @@ def _drop(x, seeds, rate):
     if seeds is None:
         return x
     keep_it = kept(seeds[..., None], jnp.arange(x.shape[-1]), rate)
-    return jnp.where(keep_it, _wide(x) / (1 - rate), 0.0).astype(x.dtype)
-
-
-def _wide(x):
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.where(keep_it, wide(x) / (1 - rate), 0.0).astype(x.dtype)

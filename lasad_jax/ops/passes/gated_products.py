@@ -18,8 +18,8 @@ from jaxtyping import Array, Float
 
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
+from lasad_jax.ops.numerics import accumulator, wide
 
-IMPLEMENTATIONS = ("auto", "plain", "triton")
 Axes = str | tuple[str, ...] | None
 
 
@@ -49,7 +49,7 @@ def swiglu_product(
     if gate_up.ndim != 4 or gate_up.shape[2] != 2:
         raise ValueError(f"gate_up: expected (B, N, 2, F), got {gate_up.shape}")
     _check_kernel(kernel, gate_up, gate_up.shape[3:])
-    if not _is_fused(implementation, gate_up):
+    if not choice.prefers_triton(gate_up, implementation):
         return _plain_product(_swiglu(gate_up), kernel)
     two = PartitionSpec(batch_axes, None, None, hidden_axes)
     one = PartitionSpec(batch_axes, None, hidden_axes)
@@ -96,7 +96,7 @@ def gated_heads_product(
     _check_heads(o, y, gate_start)
     _check_kernel(kernel, o, o.shape[2:])
     static = {"gate_start": gate_start, "epsilon": epsilon}
-    if not _is_fused(implementation, o):
+    if not choice.prefers_triton(o, implementation):
         return _plain_product(_gated_heads(o, y, **static), kernel)
     forward, backward = kernels("heads", **static)
     if not partial_gradient:
@@ -141,7 +141,7 @@ def _fused_backward(forward, backward, residuals, d_out):
         h.reshape(d_h.shape),
         d_out,
         (((0,), (0,)), ((), ())),
-        preferred_element_type=jnp.promote_types(kernel.dtype, jnp.float32),
+        preferred_element_type=accumulator(kernel.dtype),
     )
     return tuple(d_inputs), d_kernel.astype(kernel.dtype).reshape(kernel.shape)
 
@@ -165,19 +165,15 @@ def _matrix(kernel: Float[Array, "*contracted D"]) -> Float[Array, "K D"]:
 
 def _swiglu(gate_up: Float[Array, "B N 2 F"]) -> Float[Array, "B N F"]:
     """h with XLA's own operations, in float32 or wider."""
-    gate_up = _wide(gate_up)
+    gate_up = wide(gate_up)
     return jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
 
 
 def _gated_heads(o, y, gate_start: int, epsilon: float) -> Float[Array, "B N H Dv"]:
     """h with XLA's own operations, in float32 or wider."""
-    gate, o = _wide(y[..., gate_start : gate_start + o.shape[-1]]), _wide(o)
+    gate, o = wide(y[..., gate_start : gate_start + o.shape[-1]]), wide(o)
     mean = jnp.mean(jnp.square(o), axis=-1, keepdims=True)
     return o * jax.lax.rsqrt(mean + epsilon) * jax.nn.silu(gate)
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _whole_gradient(backward: Callable, gate_start: int) -> Callable:
@@ -202,15 +198,6 @@ def _on_mesh(ways, inputs: tuple[PartitionSpec, ...], h: PartitionSpec):
         split(forward, in_specs=inputs, out_specs=h),
         split(lambda *args: tuple(backward(*args)), in_specs=(*inputs, h), out_specs=(*inputs, h)),
     )
-
-
-def _is_fused(implementation: str, x: Array) -> bool:
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: {implementation!r} is not one of {IMPLEMENTATIONS}")
-    obstacle = choice.triton_obstacle(x)
-    if implementation == "triton" and obstacle:
-        raise ValueError(f"implementation: 'triton' cannot run here: {obstacle}; use 'auto'")
-    return implementation != "plain" and obstacle is None
 
 
 def _check_heads(o, y, gate_start: int):
