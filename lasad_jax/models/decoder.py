@@ -123,8 +123,8 @@ def decode(
       cache: from `start` or `decode`.
       implementation: of the mixers; "xla" runs anywhere, "triton" is two kernels for NVIDIA
         GPUs, "auto" the kernels where they can run.
-      products: which matrix products are kernels where they can be; by default all, or none
-        where implementation is "xla".
+      products: which matrix products are kernels where they can be; by default `Products()`,
+        or none where implementation is "xla".
 
     Returns:
       float32 logits and the cache after the codes.
