@@ -112,7 +112,8 @@ def test_annotations_hold_at_run_time():
     """jaxtyping's shapes, checked by beartype through a model, a train step and a decode."""
     script = """
 from jaxtyping import install_import_hook
-modules = ["lasad_jax." + name for name in ("ops", "models", "sampling", "data", "training.step")]
+modules = ["lasad_jax." + name for name in ("ops", "models", "sampling", "data", "training.step",
+                                        "training.cross_entropy")]
 with install_import_hook(modules, "beartype.beartype"):
     import jax, numpy as np
     from lasad_jax.config import Config, MeshConfig, SamplingConfig

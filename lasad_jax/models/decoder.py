@@ -145,7 +145,7 @@ def decode(
         x = project_add(
             products, "down", swiglu(products, "gate_up", x, layer.gate_up), layer.down, x
         )
-    logits = project(products, "head", x, weights.head, norm=True, out_dtype=jnp.float32)
+    logits = project(products, "head", x, weights.head, norm=True, out_dtype=jnp.dtype("float32"))
     return logits, Cache(cache.index + 1, tuple(layers))
 
 

@@ -89,7 +89,7 @@ def project_add(
 
 
 def swiglu(
-    products: Products, name: str, x: Float[Array, "B D"], w: Float[Array, "D 2*F"]
+    products: Products, name: str, x: Float[Array, "B D"], w: Float[Array, "D both"]
 ) -> Float[Array, "B F"]:
     """silu(gate) * up of both = normalise(x) w, where w = `interleave`(gate, up)."""
     both, width = w.shape[1], pair_width(w.shape[1] // 2)

@@ -38,8 +38,8 @@ class LayerWeights:
     gate_bias: Float[Array, " H"] | None
     decay: ops.Decay | None
     log_factor: Float[Array, "places H"] | None
-    out: Float[Array, "H*Dv D"]
-    gate_up: Float[Array, "D 2*F"]
+    out: Float[Array, "values D"]
+    gate_up: Float[Array, "D both"]
     down: Float[Array, "F D"]
 
 

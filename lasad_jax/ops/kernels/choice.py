@@ -60,9 +60,19 @@ def choose(q: Array, v: Array, decay: Decay, num_prefix: int) -> str | None:
     return next(able, None)
 
 
-def obstacle(name: str, q: Array, v: Array, decay: Decay, num_prefix: int) -> str | None:
-    """Why the kernels `name` cannot take these arguments on this device; None if they can."""
-    where, exact = device(), isinstance(decay, ManhattanDecay)
+def obstacle(
+    name: str,
+    q: Array | jax.ShapeDtypeStruct,
+    v: Array | jax.ShapeDtypeStruct,
+    decay: Decay | type[Decay],
+    num_prefix: int,
+) -> str | None:
+    """Why the kernels `name` cannot take these arguments on this device; None if they can.
+
+    Of the arrays only shapes and dtypes count, of the decay only the family.
+    """
+    family = decay if isinstance(decay, type) else type(decay)
+    where, exact = device(), family is ManhattanDecay
     key_dim, value_dim = q.shape[3], v.shape[3]
     needed = "tpu" if name == "mosaic_tpu" else "gpu"
     if not (where.is_gpu if needed == "gpu" else where.platform == "tpu"):
@@ -79,7 +89,11 @@ def obstacle(name: str, q: Array, v: Array, decay: Decay, num_prefix: int) -> st
 
 
 def _obstacle_on_hopper(
-    where: Device, q: Array, v: Array, exact: bool, num_prefix: int
+    where: Device,
+    q: Array | jax.ShapeDtypeStruct,
+    v: Array | jax.ShapeDtypeStruct,
+    exact: bool,
+    num_prefix: int,
 ) -> str | None:
     version = tuple(int(x) for x in jax.__version__.split(".")[:2])
     if exact:

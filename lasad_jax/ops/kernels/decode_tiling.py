@@ -122,7 +122,7 @@ def pair_width(F: int) -> int:
     return math.gcd(F, PAIR)
 
 
-def interleave(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... 2F"]:
+def interleave(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... 2*F"]:
     """Columns of both by turns, `pair_width` at a time: what gated products multiply by.
 
     Raises:
