@@ -4,6 +4,8 @@ Each function is one launch, and writes only what a token changes: caches are up
 place. What depends on the token comes in as its number, so that one program serves all.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +18,8 @@ from lasad_jax.ops.ring import NUM_RECENT, Ring
 
 # Keys of a memory that are folded at once: what tensor cores take.
 _FOLDED = 16
+# Columns of a vector that tensor cores are to multiply with.
+_COPIES = 8
 
 
 def mix(
@@ -60,63 +64,58 @@ def mix(
         h = pl.program_id(1)
         dtype = out_ref.dtype
         row = jnp.arange(ring_ref.recent_k.shape[0])
-        value, column = jnp.arange(value_dim), jnp.arange(key_dim)
+        value = jnp.arange(value_dim)
+        # Keys lie in pairs, both in one thread: RoPE then needs no other thread's.
+        pair = 2 * jnp.arange(key_dim // 2)[:, None] + jnp.arange(2)[None, :]
         first = h * 2 * (key_dim + value_dim)
         rounded = lambda x: x.astype(dtype).astype(jnp.float32)
 
         # Loads first, the largest before all others: they are on their way together.
         memory = ring_ref.memory[:, :]
         index = index_ref[0]
-        read = lambda *parts: [projection_ref[first + part] for part in parts]
-        q, k, v, gate = read(
-            column, key_dim + column, 2 * key_dim + value, 2 * key_dim + value_dim + value
-        )
-        partners = read(column ^ 1, key_dim + (column ^ 1)) if turns_ref is not None else None
-        log_weight, of_memory = ring_ref.log_weight[:], ring_ref.log_weight[0]
-        if bias_ref is not None:
-            content = projection_ref[2 * num_heads * (key_dim + value_dim) + h]
-            bias = bias_ref[h]
         place = index - 1
         slot = 1 + place % NUM_RECENT
         # Rows from `slot` on hold nothing yet.
         held = (row < slot)[:, None]
-        rows = [
+        recent_k, recent_v = (
             plgpu.load(ref.at[:, :], mask=jnp.broadcast_to(held, ref.shape), other=0.0)
             for ref in (ring_ref.recent_k, ring_ref.recent_v)
-        ]
-        g = log_factor_ref[place, h]
-        turns = [turns_ref[index, i] for i in range(2)] if turns_ref is not None else None
-
-        if bias_ref is not None:
-            g -= _softplus(content.astype(jnp.float32) + bias)
-        activated = lambda x: rounded(_silu(x.astype(jnp.float32)))
-        q, k, gate, v = activated(q), activated(k), activated(gate), v.astype(jnp.float32)
-        if turns_ref is not None:
-            q, k = (
-                rounded(x * turns[0] + activated(partner) * turns[1])
-                for x, partner in zip((q, k), partners, strict=True)
-            )
-        q = rounded(q * key_dim**-0.5)
-        new = (row == slot)[:, None]
-        recent_k, recent_v = (
-            jnp.where(new, x[None, :], before.astype(jnp.float32))
-            for x, before in zip((k, v), rows, strict=True)
         )
-        log_weight = jnp.where(row == slot, 0.0, log_weight + g)
-        of_memory = jnp.exp(of_memory + g)
-        weight = jnp.where(row == 0, 0.0, jnp.exp(log_weight))
+        parts = (pair, key_dim + pair, 2 * key_dim + value, 2 * key_dim + value_dim + value)
+        q, k, v, gate = (projection_ref[first + part].astype(jnp.float32) for part in parts)
+        log_weight, log_memory = ring_ref.log_weight[:], ring_ref.log_weight[0]
+        g = log_factor_ref[place, h]
+        turns = [turns_ref[index, i, pair] for i in range(2)] if turns_ref is not None else None
+        if bias_ref is not None:
+            content = projection_ref[2 * num_heads * (key_dim + value_dim) + h]
+            g -= _softplus(content.astype(jnp.float32) + bias_ref[h])
 
-        scores = jnp.sum(q[None, :] * recent_k, axis=1) * jnp.where(row == 0, 1.0, weight)
-        # One sum over threads: of the memory's share as it lies, then of the rows'.
-        x = of_memory * jnp.sum(q[:, None] * memory.astype(jnp.float32), axis=0)
-        x += jnp.sum(scores[:, None] * recent_v, axis=0)
-        x = rounded(x)
+        q, k, gate = (rounded(_silu(x)) for x in (q, k, gate))
+        if turns is not None:
+            q, k = (rounded(x * turns[0] + _swapped(x) * turns[1]) for x in (q, k))
+        q, k = (x.reshape(key_dim) for x in (rounded(q * key_dim**-0.5), k))
+        log_weight += g
+        of_memory = _exp(log_memory + g)
+
+        # Tensor cores take q as equal columns. Scores go on as their rounded values in one
+        # half of them and what rounding lost in the other.
+        columns = jnp.broadcast_to(q[:, None], (key_dim, _COPIES)).astype(dtype)
+        weight = jnp.where(row == 0, 1.0, _exp(log_weight)) * (2 / _COPIES)
+        scores = dot(recent_k, columns, 1, 0) * weight[:, None]
+        high = rounded(scores)
+        odd = (jnp.arange(_COPIES) % 2 == 1)[None, :]
+        scores = jnp.where(odd, scores - high, high).astype(dtype)
+        x = dot(memory, columns, 0, 0) * (of_memory / _COPIES)
+        x = jnp.sum(x + dot(recent_v, scores, 0, 0), axis=1)
+        # The newest token comes from registers.
+        x = rounded(x + jnp.sum(q * k, axis=0) * v)
         x *= lax.rsqrt(jnp.sum(x * x, axis=0) / value_dim + epsilon)
         out_ref[:] = (rounded(x) * gate).astype(dtype)
 
         if not interpret:
             # No thread may write what another is still to read.
             plgpu.debug_barrier()
+        log_weight = jnp.where(row == slot, 0.0, log_weight)
         new_ref.recent_k[slot] = k.astype(dtype)
         new_ref.recent_v[slot] = v.astype(dtype)
         full = slot == NUM_RECENT
@@ -129,7 +128,8 @@ def mix(
             # take registers, and so programs at work, from all others.
             if not interpret:
                 plgpu.debug_barrier()
-            weighted = (weight[:, None] * recent_v).astype(dtype)
+            weight = jnp.where(row == 0, 0.0, _exp(log_weight))[:, None]
+            weighted = (weight * new_ref.recent_v[:, :].astype(jnp.float32)).astype(dtype)
             for part in range(0, key_dim, _FOLDED):
                 keys = pl.ds(part, _FOLDED)
                 folded = of_memory * new_ref.memory[keys, :].astype(jnp.float32)
@@ -237,9 +237,21 @@ def _at_head(num_more: int):
     return lambda b, h: (b, h, *(0 for _ in range(num_more)))
 
 
+def _swapped(x: Float[Array, "pairs 2"]) -> Float[Array, "pairs 2"]:
+    """Each pair's two the other way round. Sums that add -0 are no instructions."""
+    side = jnp.arange(2)[None, :]
+    first, second = (jnp.sum(jnp.where(side == i, x, -0.0), axis=1)[:, None] for i in range(2))
+    return jnp.where(side == 0, second, first)
+
+
+def _exp(x: Array) -> Array:
+    return jnp.exp2(x * math.log2(math.e))
+
+
 def _silu(x: Array) -> Array:
-    return x / (1 + jnp.exp(-x))
+    return x / (1 + _exp(-x))
 
 
 def _softplus(x: Array) -> Array:
-    return jnp.maximum(x, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+    # Exact to 1e-7, not relatively: its values are added to others.
+    return jnp.maximum(x, 0.0) + jnp.log(1 + _exp(-jnp.abs(x)))
