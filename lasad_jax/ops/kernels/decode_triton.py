@@ -32,7 +32,7 @@ def mix(
     turns: Float[Array, "tokens 2 Dk"] | None,
     gate_bias: Float[Array, " H"] | None,
     epsilon: float,
-    num_warps: int = 2,
+    num_warps: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B H Dv"], Ring]:
     """From a token's projections to the gated output of every head, one program each.
@@ -45,7 +45,8 @@ def mix(
       turns: for each token, what RoPE multiplies a head and its swapped pairs by.
       gate_bias: bias of the decay gates; None for no gate.
       epsilon: of the RMSNorm of each head, whose scale is left to the next product.
-      num_warps: of a program.
+      num_warps: of a program; None for one to each 8 KiB of a memory, so that in bfloat16 no
+        sum leaves its warp.
 
     Raises:
       ValueError: if Dk or Dv is not a power of two of at least 16.
@@ -54,6 +55,8 @@ def mix(
     for name, size in (("key dim", key_dim), ("value dim", value_dim)):
         if size < 16 or size & (size - 1):
             raise ValueError(f"{name}: expected a power of two of at least 16, got {size}")
+    if num_warps is None:
+        num_warps = max(1, key_dim * value_dim * ring.memory.dtype.itemsize // 8192)
     per_head = lambda x: pl.BlockSpec((None, None, *x.shape[2:]), _at_head(x.ndim - 2))
     whole = lambda x: pl.BlockSpec(x.shape, lambda b, h: (0,) * x.ndim)
     out = jax.ShapeDtypeStruct((batch, num_heads, value_dim), projection.dtype)
@@ -104,18 +107,23 @@ def mix(
         log_weight += g
         of_memory = exp(log_memory + g)
 
-        # Tensor cores take q as equal columns. Scores go on as their rounded values in one
-        # half of them and what rounding lost in the other.
-        columns = jnp.broadcast_to(q.astype(dtype)[:, None], (key_dim, _COPIES))
-        weight = jnp.where(row == 0, 1.0, exp(log_weight)) * (2 / _COPIES)
-        scores = dot(recent_k, columns, 1, 0) * weight[:, None]
-        high = rounded(scores)
-        odd = (jnp.arange(_COPIES) % 2 == 1)[None, :]
-        scores = jnp.where(odd, scores - high, high).astype(dtype)
-        x = dot(memory, columns, 1, 0) * (of_memory / _COPIES)
-        x = jnp.sum(x + dot(recent_v, scores, 1, 0), axis=1)
-        # The newest token's own value, as it lies when it is read: then few threads' work is
-        # that of others too.
+        weight = jnp.where(row == 0, 1.0, exp(log_weight))
+        if dtype == jnp.float32:
+            times = lambda matrix, vector: jnp.sum(matrix * vector[None, :], axis=1)
+            scores = times(recent_k, q) * weight
+            x = of_memory * times(memory, q) + times(recent_v, scores)
+        else:
+            # Tensor cores take q as equal columns, to be added in the end. Scores go on as their
+            # rounded values in one half of them and what rounding lost in the other.
+            columns = jnp.broadcast_to(q.astype(dtype)[:, None], (key_dim, _COPIES))
+            scores = dot(recent_k, columns, 1, 0) * (weight * (2 / _COPIES))[:, None]
+            high = rounded(scores)
+            odd = (jnp.arange(_COPIES) % 2 == 1)[None, :]
+            scores = jnp.where(odd, scores - high, high).astype(dtype)
+            x = dot(memory, columns, 1, 0) * (of_memory / _COPIES)
+            x = jnp.sum(x + dot(recent_v, scores, 1, 0), axis=1)
+        # What is read here says how x lies from now on: spread over all threads. In its sum
+        # above, several had the same.
         v = read(2 * key_dim + value).astype(jnp.float32)
         x = rounded(x + jnp.sum(q * k, axis=0) * v)
         x *= rsqrt(jnp.sum(x * x, axis=0) / value_dim + epsilon)
@@ -194,28 +202,31 @@ def norm_conv(
     def body(index_ref, recent_ref, x_ref, taps_ref, y_ref, new_ref):
         channel = jnp.arange(padded)
         exists = channel < width
-        load = lambda ref: plgpu.load(ref, mask=exists, other=0.0).astype(jnp.float32)
+
+        def load(ref, mask=exists):
+            return plgpu.load(ref, mask=mask, other=0.0).astype(jnp.float32)
+
         index = index_ref[0]
         row, column = (index - 1) // columns, (index - 1) % columns
         x = load(x_ref.at[:])
         # All that is read is on its way before the norm's sum, which every thread awaits.
-        weights = [load(taps_ref.at[tap * width + channel]) for tap in range(len(offsets))]
+        own, *weights = [load(taps_ref.at[tap * width + channel]) for tap in range(len(offsets))]
+        own += 1
         neighbours = []
         for down, right in offsets[1:]:
             inside = (row + down >= 0) & (column + right >= 0) & (column + right < columns)
-            slot = (index + window + down * columns + right) % window
-            neighbours.append(jnp.where(inside, load(recent_ref.at[slot]), 0.0))
+            slot = jnp.where(inside, lax.rem(index + down * columns + right, window), 0)
+            neighbours.append(load(recent_ref.at[slot], exists & inside))
         x *= lax.rsqrt(jnp.sum(x * x, axis=0) / width + epsilon)
         x = x.astype(recent_ref.dtype)
-        y = x.astype(jnp.float32)
-        y += y * weights[0]
-        for neighbour, weight in zip(neighbours, weights[1:], strict=True):
+        y = x.astype(jnp.float32) * own
+        for neighbour, weight in zip(neighbours, weights, strict=True):
             y += neighbour * weight
         plgpu.store(y_ref.at[:], y.astype(y_ref.dtype), mask=exists)
         if not interpret:
             # The oldest neighbour lies where the newest will.
             plgpu.debug_barrier()
-        plgpu.store(new_ref.at[index % window], x, mask=exists)
+        plgpu.store(new_ref.at[lax.rem(index, window)], x, mask=exists)
 
     one = pl.BlockSpec((None, padded), lambda b: (b, 0))
     ring = pl.BlockSpec((None, window, padded), lambda b: (b, 0, 0))
