@@ -168,7 +168,7 @@ def mix(
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="decode_mix",
-    )(index[None], ring, projection, tables)
+    )(_one_index(index), ring, projection, tables)
 
 
 def norm_conv(
@@ -248,7 +248,12 @@ def norm_conv(
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="decode_norm_conv",
-    )(index[None], recent, x, taps.reshape(-1))
+    )(_one_index(index), recent, x, taps.reshape(-1))
+
+
+def _one_index(index: Int[Array, ""]) -> Int[Array, "1"]:
+    """As an array; a loop's own counter is of a weak type, which kernels cannot divide."""
+    return index.astype(jnp.int32)[None]
 
 
 def _at_head(num_more: int):
