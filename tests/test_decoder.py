@@ -258,6 +258,44 @@ def test_norm_conv_kernel_is_the_plain_form(grid, dtype):
             assert np.linalg.norm(x - y) <= allowed * np.linalg.norm(y)
 
 
+def test_the_index_may_be_a_loops_counter():
+    """Which is of a weak type."""
+    config, weights, layer, random = one_layer({"width": 64, "grid": (6, 6)}, "bfloat16")
+    lead, size = (3, config.num_heads), config.query_dim
+    rows, log_weight = random(*lead, ROWS, size), jnp.zeros((*lead, ROWS))
+    ring = Ring(random(*lead, size, size), rows, rows, log_weight)
+    projection = random(lead[0], layer.projection.shape[1])
+    recent, x = random(3, config.grid[1] + 1, config.width), random(3, config.width)
+
+    def run(ring, recent, x):
+        def step(i, carry):
+            ring, recent, x = carry
+            _, ring = decode_triton.mix(
+                ring,
+                projection,
+                1 + i,
+                log_factor=layer.log_factor,
+                turns=weights.turns,
+                gate_bias=layer.gate_bias,
+                epsilon=NORM_EPSILON,
+            )
+            x, recent = decode_triton.norm_conv(
+                x,
+                recent,
+                1 + i,
+                taps=layer.conv,
+                offsets=TAPS,
+                columns=config.grid[1],
+                epsilon=NORM_EPSILON,
+            )
+            return ring, recent, x
+
+        return jax.lax.fori_loop(0, 5, step, (ring, recent, x))
+
+    text = lower("A100", run, ring, recent, x)
+    assert text.count('name = "decode_mix"') == text.count('name = "decode_norm_conv"') == 1
+
+
 def test_what_kernels_cannot_decode_is_refused():
     config = ModelConfig(num_layers=1)
     resolve = decoder.resolve_implementation

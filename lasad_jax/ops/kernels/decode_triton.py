@@ -4,6 +4,9 @@ Each function is one launch, and writes only what a token changes: caches are up
 place. What depends on the token comes in as its number, so that one program serves all.
 """
 
+import dataclasses
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -16,6 +19,8 @@ from lasad_jax.ops.ring import NUM_RECENT, Ring
 
 # Keys of a memory that are folded at once: what tensor cores take.
 _FOLDED = 16
+# Columns of a vector that tensor cores are to multiply with.
+_COPIES = 8
 
 
 def mix(
@@ -27,7 +32,7 @@ def mix(
     turns: Float[Array, "tokens 2 Dk"] | None,
     gate_bias: Float[Array, " H"] | None,
     epsilon: float,
-    num_warps: int = 2,
+    num_warps: int | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B H Dv"], Ring]:
     """From a token's projections to the gated output of every head, one program each.
@@ -40,7 +45,8 @@ def mix(
       turns: for each token, what RoPE multiplies a head and its swapped pairs by.
       gate_bias: bias of the decay gates; None for no gate.
       epsilon: of the RMSNorm of each head, whose scale is left to the next product.
-      num_warps: of a program.
+      num_warps: of a program; None for one to each 8 KiB of a memory, so that in bfloat16 no
+        sum leaves its warp.
 
     Raises:
       ValueError: if Dk or Dv is not a power of two of at least 16.
@@ -49,11 +55,15 @@ def mix(
     for name, size in (("key dim", key_dim), ("value dim", value_dim)):
         if size < 16 or size & (size - 1):
             raise ValueError(f"{name}: expected a power of two of at least 16, got {size}")
+    if num_warps is None:
+        num_warps = max(1, key_dim * value_dim * ring.memory.dtype.itemsize // 8192)
     per_head = lambda x: pl.BlockSpec((None, None, *x.shape[2:]), _at_head(x.ndim - 2))
     whole = lambda x: pl.BlockSpec(x.shape, lambda b, h: (0,) * x.ndim)
     out = jax.ShapeDtypeStruct((batch, num_heads, value_dim), projection.dtype)
     tables = (log_factor, turns, gate_bias)
     dot = product(ring.recent_k.dtype, interpret)
+    functions = _Functions(interpret)
+    exp, rsqrt, silu, softplus = functions.exp, functions.rsqrt, functions.silu, functions.softplus
 
     def body(index_ref, ring_ref, projection_ref, table_refs, out_ref, new_ref):
         log_factor_ref, turns_ref, bias_ref = table_refs
@@ -61,64 +71,68 @@ def mix(
         dtype = out_ref.dtype
         row = jnp.arange(ring_ref.recent_k.shape[0])
         value, column = jnp.arange(value_dim), jnp.arange(key_dim)
+        # Keys lie in pairs, both in one thread: RoPE then needs no other thread's.
+        pair = 2 * jnp.arange(key_dim // 2)[:, None] + jnp.arange(2)[None, :]
         first = h * 2 * (key_dim + value_dim)
         rounded = lambda x: x.astype(dtype).astype(jnp.float32)
 
         # Loads first, the largest before all others: they are on their way together.
-        memory = ring_ref.memory[:, :]
+        memory = ring_ref.memory[column[None, :], value[:, None]]
         index = index_ref[0]
-        read = lambda *parts: [projection_ref[first + part] for part in parts]
-        q, k, v, gate = read(
-            column, key_dim + column, 2 * key_dim + value, 2 * key_dim + value_dim + value
-        )
-        partners = read(column ^ 1, key_dim + (column ^ 1)) if turns_ref is not None else None
-        log_weight, of_memory = ring_ref.log_weight[:], ring_ref.log_weight[0]
-        if bias_ref is not None:
-            content = projection_ref[2 * num_heads * (key_dim + value_dim) + h]
-            bias = bias_ref[h]
         place = index - 1
-        slot = 1 + place % NUM_RECENT
+        slot = 1 + lax.rem(place, NUM_RECENT)
         # Rows from `slot` on hold nothing yet.
         held = (row < slot)[:, None]
-        rows = [
-            plgpu.load(ref.at[:, :], mask=jnp.broadcast_to(held, ref.shape), other=0.0)
-            for ref in (ring_ref.recent_k, ring_ref.recent_v)
-        ]
+        recent_k = ring_ref.recent_k.at[:, :]
+        recent_k = plgpu.load(recent_k, mask=jnp.broadcast_to(held, recent_k.shape), other=0.0)
+        recent_v = ring_ref.recent_v.at[row[None, :], value[:, None]]
+        recent_v = plgpu.load(recent_v, mask=jnp.broadcast_to(held.T, recent_v.shape), other=0.0)
+        read = lambda part: projection_ref[first + part]
+        q, k, v = read(pair), read(key_dim + pair), read(2 * key_dim + value)
+        gate = read(2 * key_dim + value_dim + value)
+        log_weight, log_memory = ring_ref.log_weight[:], ring_ref.log_weight[0]
         g = log_factor_ref[place, h]
-        turns = [turns_ref[index, i] for i in range(2)] if turns_ref is not None else None
-
+        turns = [turns_ref[index, i, pair] for i in range(2)] if turns_ref is not None else None
         if bias_ref is not None:
-            g -= _softplus(content.astype(jnp.float32) + bias)
-        activated = lambda x: rounded(_silu(x.astype(jnp.float32)))
-        q, k, gate, v = activated(q), activated(k), activated(gate), v.astype(jnp.float32)
-        if turns_ref is not None:
-            q, k = (
-                rounded(x * turns[0] + activated(partner) * turns[1])
-                for x, partner in zip((q, k), partners, strict=True)
-            )
-        q = rounded(q * key_dim**-0.5)
-        new = (row == slot)[:, None]
-        recent_k, recent_v = (
-            jnp.where(new, x[None, :], before.astype(jnp.float32))
-            for x, before in zip((k, v), rows, strict=True)
-        )
-        log_weight = jnp.where(row == slot, 0.0, log_weight + g)
-        of_memory = jnp.exp(of_memory + g)
-        weight = jnp.where(row == 0, 0.0, jnp.exp(log_weight))
+            content = projection_ref[2 * num_heads * (key_dim + value_dim) + h]
+            g -= softplus(content.astype(jnp.float32) + bias_ref[h])
 
-        scores = jnp.sum(q[None, :] * recent_k, axis=1) * jnp.where(row == 0, 1.0, weight)
-        # One sum over threads: of the memory's share as it lies, then of the rows'.
-        x = of_memory * jnp.sum(q[:, None] * memory.astype(jnp.float32), axis=0)
-        x += jnp.sum(scores[:, None] * recent_v, axis=0)
-        x = rounded(x)
-        x *= lax.rsqrt(jnp.sum(x * x, axis=0) / value_dim + epsilon)
+        q, k, gate = (rounded(silu(x.astype(jnp.float32))) for x in (q, k, gate))
+        if turns is not None:
+            q, k = (rounded(x * turns[0] + _swapped(x) * turns[1]) for x in (q, k))
+        q, k = (x.reshape(key_dim) for x in (rounded(q * key_dim**-0.5), k))
+        # No thread reads this row.
+        new_ref.recent_k[slot] = k.astype(dtype)
+        new_ref.recent_v[slot] = v
+        log_weight += g
+        of_memory = exp(log_memory + g)
+
+        weight = jnp.where(row == 0, 1.0, exp(log_weight))
+        if dtype == jnp.float32:
+            times = lambda matrix, vector: jnp.sum(matrix * vector[None, :], axis=1)
+            scores = times(recent_k, q) * weight
+            x = of_memory * times(memory, q) + times(recent_v, scores)
+        else:
+            # Tensor cores take q as equal columns, to be added in the end. Scores go on as their
+            # rounded values in one half of them and what rounding lost in the other.
+            columns = jnp.broadcast_to(q.astype(dtype)[:, None], (key_dim, _COPIES))
+            scores = dot(recent_k, columns, 1, 0) * (weight * (2 / _COPIES))[:, None]
+            high = rounded(scores)
+            odd = (jnp.arange(_COPIES) % 2 == 1)[None, :]
+            scores = jnp.where(odd, scores - high, high).astype(dtype)
+            x = dot(memory, columns, 1, 0) * (of_memory / _COPIES)
+            x = jnp.sum(x + dot(recent_v, scores, 1, 0), axis=1)
+        # What is read here says how x lies from now on: spread over all threads. In its sum
+        # above, several had the same.
+        v = read(2 * key_dim + value).astype(jnp.float32)
+        x = rounded(x + jnp.sum(q * k, axis=0) * v)
+        x *= rsqrt(jnp.sum(x * x, axis=0) / value_dim + epsilon)
         out_ref[:] = (rounded(x) * gate).astype(dtype)
 
         if not interpret:
             # No thread may write what another is still to read.
             plgpu.debug_barrier()
-        new_ref.recent_k[slot] = k.astype(dtype)
-        new_ref.recent_v[slot] = v.astype(dtype)
+        log_weight = jnp.where(row == slot, 0.0, log_weight)
         full = slot == NUM_RECENT
         empty = jnp.where(row == 0, 0.0, -jnp.inf)
         new_ref.log_weight[:] = jnp.where(full, empty, log_weight)
@@ -129,7 +143,8 @@ def mix(
             # take registers, and so programs at work, from all others.
             if not interpret:
                 plgpu.debug_barrier()
-            weighted = (weight[:, None] * recent_v).astype(dtype)
+            weight = jnp.where(row == 0, 0.0, exp(log_weight))[:, None]
+            weighted = (weight * new_ref.recent_v[:, :].astype(jnp.float32)).astype(dtype)
             for part in range(0, key_dim, _FOLDED):
                 keys = pl.ds(part, _FOLDED)
                 folded = of_memory * new_ref.memory[keys, :].astype(jnp.float32)
@@ -153,7 +168,7 @@ def mix(
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="decode_mix",
-    )(index[None], ring, projection, tables)
+    )(_one_index(index), ring, projection, tables)
 
 
 def norm_conv(
@@ -187,28 +202,31 @@ def norm_conv(
     def body(index_ref, recent_ref, x_ref, taps_ref, y_ref, new_ref):
         channel = jnp.arange(padded)
         exists = channel < width
-        load = lambda ref: plgpu.load(ref, mask=exists, other=0.0).astype(jnp.float32)
+
+        def load(ref, mask=exists):
+            return plgpu.load(ref, mask=mask, other=0.0).astype(jnp.float32)
+
         index = index_ref[0]
         row, column = (index - 1) // columns, (index - 1) % columns
         x = load(x_ref.at[:])
         # All that is read is on its way before the norm's sum, which every thread awaits.
-        weights = [load(taps_ref.at[tap * width + channel]) for tap in range(len(offsets))]
+        own, *weights = [load(taps_ref.at[tap * width + channel]) for tap in range(len(offsets))]
+        own += 1
         neighbours = []
         for down, right in offsets[1:]:
             inside = (row + down >= 0) & (column + right >= 0) & (column + right < columns)
-            slot = (index + window + down * columns + right) % window
-            neighbours.append(jnp.where(inside, load(recent_ref.at[slot]), 0.0))
+            slot = jnp.where(inside, lax.rem(index + down * columns + right, window), 0)
+            neighbours.append(load(recent_ref.at[slot], exists & inside))
         x *= lax.rsqrt(jnp.sum(x * x, axis=0) / width + epsilon)
         x = x.astype(recent_ref.dtype)
-        y = x.astype(jnp.float32)
-        y += y * weights[0]
-        for neighbour, weight in zip(neighbours, weights[1:], strict=True):
+        y = x.astype(jnp.float32) * own
+        for neighbour, weight in zip(neighbours, weights, strict=True):
             y += neighbour * weight
         plgpu.store(y_ref.at[:], y.astype(y_ref.dtype), mask=exists)
         if not interpret:
             # The oldest neighbour lies where the newest will.
             plgpu.debug_barrier()
-        plgpu.store(new_ref.at[index % window], x, mask=exists)
+        plgpu.store(new_ref.at[lax.rem(index, window)], x, mask=exists)
 
     one = pl.BlockSpec((None, padded), lambda b: (b, 0))
     ring = pl.BlockSpec((None, window, padded), lambda b: (b, 0, 0))
@@ -230,16 +248,62 @@ def norm_conv(
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=1),
         interpret=interpret,
         name="decode_norm_conv",
-    )(index[None], recent, x, taps.reshape(-1))
+    )(_one_index(index), recent, x, taps.reshape(-1))
+
+
+def _one_index(index: Int[Array, ""]) -> Int[Array, "1"]:
+    """As an array; a loop's own counter is of a weak type, which kernels cannot divide."""
+    return index.astype(jnp.int32)[None]
 
 
 def _at_head(num_more: int):
     return lambda b, h: (b, h, *(0 for _ in range(num_more)))
 
 
-def _silu(x: Array) -> Array:
-    return x / (1 + jnp.exp(-x))
+def _swapped(x: Float[Array, "pairs 2"]) -> Float[Array, "pairs 2"]:
+    """Each pair's two the other way round. Sums that add -0 are no instructions."""
+    side = jnp.arange(2)[None, :]
+    first, second = (jnp.sum(jnp.where(side == i, x, -0.0), axis=1)[:, None] for i in range(2))
+    return jnp.where(side == 0, second, first)
 
 
-def _softplus(x: Array) -> Array:
-    return jnp.maximum(x, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(x)))
+@dataclasses.dataclass(frozen=True)
+class _Functions:
+    """Functions as the GPU's own instructions, each one's error a few units in the last place.
+
+    What the compiler makes of them also serves numbers near the ends of float32, at three to
+    eight times the instructions.
+    """
+
+    interpret: bool
+
+    def exp(self, x: Array) -> Array:
+        return self._one("ex2", jnp.exp2, x * math.log2(math.e))
+
+    def rsqrt(self, x: Array) -> Array:
+        return self._one("rsqrt", lax.rsqrt, x)
+
+    def silu(self, x: Array) -> Array:
+        return x * self._one(
+            "rcp", lambda x: 1 / x, 1 + self._one("ex2", jnp.exp2, x * -math.log2(math.e))
+        )
+
+    def softplus(self, x: Array) -> Array:
+        # Exact to 1e-7, not relatively: its values are added to others.
+        log2 = self._one("lg2", jnp.log2, 1 + self.exp(-jnp.abs(x)))
+        return jnp.maximum(x, 0.0) + math.log(2) * log2
+
+    def _one(self, name: str, plain, x: Array) -> Array:
+        if self.interpret:
+            return plain(x)
+        if not x.shape:
+            # The compiler knows no tensor without axes.
+            return jnp.sum(self._one(name, plain, x[None]))
+        (out,) = plgpu.elementwise_inline_asm(
+            f"{name}.approx.ftz.f32 $0, $1;",
+            args=[x],
+            constraints="=f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+        )
+        return out
