@@ -20,7 +20,7 @@ NEEDS_JAX_11 = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
 )
 RNG = np.random.default_rng()
-SIZES = [(256, 768, 3072), (256, 1792, 768), (256, 768, 16384), (128, 1280, 6016), (2, 768, 768)]
+SIZES = [(256, 768, 3072), (256, 1792, 768), (128, 1280, 6016), (2, 768, 768)]
 
 
 def normal(*shape, scale=1.0):
@@ -54,12 +54,9 @@ def assert_near(got, want):
 def test_project(M, K, N, tiling, eps):
     x, w = normal(M, K), normal(K, N, scale=K**-0.5)
     rows = exact(x) if eps is None else normalised(x, eps)
-    for dtype in (jnp.bfloat16, jnp.float32):
-        options = {"norm_eps": eps, "out_dtype": dtype, "tiling": tiling, "interpret": True}
-        out = dp.project(x, w, **options)
-        assert out.shape == (M, N)
-        assert out.dtype == dtype
-        assert_near(out, rows @ exact(w))
+    out = dp.project(x, w, norm_eps=eps, tiling=tiling, interpret=True)
+    assert out.shape == (M, N)
+    assert_near(out, rows @ exact(w))
 
 
 @NEEDS_JAX_11
@@ -112,8 +109,6 @@ def test_errors():
         dp.project(x, w[:, :36])
     with pytest.raises(ValueError, match=r"residual must be \(4, 64\), not \(4, 32\)"):
         dp.project_add(x, w, normal(4, 32))
-    with pytest.raises(ValueError, match="out_dtype must be bfloat16 or float32, not float16"):
-        dp.project(x, w, out_dtype=jnp.float16)
     with pytest.raises(ValueError, match="split must be 1"):
         dp.project(x, w, norm_eps=1e-5, tiling=Tiling(64, 64, 2, split=2))
     with pytest.raises(ValueError, match=r"shapes \(3, 48\) and \(3, 32\) must be equal"):
@@ -143,14 +138,13 @@ def test_tilings_fit_and_cover(size, options):
         assert t.stages <= t.steps(K)
         assert t.steps(K) * t.split * t.depth >= K
         assert not (options and t.split > 1)
-    costs = [t.cost(M, K, N) for t in ways]
+    costs = [t.cost(M, K, N, normed=options.get("normed", False)) for t in ways]
     assert costs == sorted(costs)
 
 
 def test_cost_follows_bytes_and_waves():
     alone, shared = Tiling(64, 64, 8), Tiling(64, 64, 8, (2, 2))
     assert shared.cost(256, 768, 3072) < alone.cost(256, 768, 3072)
-    assert alone.intake(768) == 2 * 64 * 768 * 2 / 1e3
     # One cluster more than fits at once costs a second wave.
     full, more = (shared.cost(128, 768, 128 * n) for n in (32, 33))
     assert more > full + 1

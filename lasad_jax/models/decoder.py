@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int, PyTree
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.decoder_products import (
-    Products,
     normalise,
     project,
     project_add,
@@ -34,7 +33,7 @@ from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.passes.local_conv import TAPS, neighbour
 from lasad_jax.ops.ring import Ring, ring_step, start_ring
 
-__all__ = ["IMPLEMENTATIONS", "Cache", "Products", "decode", "prepare", "start"]
+__all__ = ["IMPLEMENTATIONS", "Cache", "decode", "prepare", "start"]
 
 IMPLEMENTATIONS = ("auto", "xla", "triton")
 
@@ -112,7 +111,6 @@ def decode(
     cache: Cache,
     *,
     implementation: str = "auto",
-    products: Products | None = None,
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Reads one code of each image; returns the logits of the next and the new cache.
 
@@ -121,10 +119,8 @@ def decode(
       weights: from `prepare`.
       tokens: codes.
       cache: from `start` or `decode`.
-      implementation: of the mixers; "xla" runs anywhere, "triton" is two kernels for NVIDIA
-        GPUs, "auto" the kernels where they can run.
-      products: which matrix products are kernels where they can be; by default `Products()`,
-        or none where implementation is "xla".
+      implementation: "xla" runs anywhere; "triton" is two kernels of the mixers for NVIDIA GPUs,
+        "auto" these where they can run. With both, matrix products are kernels where they can be.
 
     Returns:
       float32 logits and the cache after the codes.
@@ -132,31 +128,28 @@ def decode(
     Raises:
       ValueError: as `resolve_implementation`.
     """
-    if products is None:
-        products = Products(fused=()) if implementation == "xla" else Products()
+    fused = implementation != "xla"
     form = resolve_implementation(config, implementation)
     mixer = _softmax if config.mixer == "softmax" else functools.partial(_lasad, form)
     x = jnp.take(weights.embedding, tokens, axis=0)
     layers = []
     for layer, remembered in zip(weights.layers, cache.layers, strict=True):
-        mixed, remembered = mixer(config, products, weights, layer, x, remembered, cache.index)
+        mixed, remembered = mixer(config, fused, weights, layer, x, remembered, cache.index)
         layers.append(remembered)
-        x = project_add(products, "out", mixed, layer.out, x)
-        x = project_add(
-            products, "down", swiglu(products, "gate_up", x, layer.gate_up), layer.down, x
-        )
-    logits = project(products, "head", x, weights.head, norm=True, out_dtype=jnp.dtype("float32"))
+        x = project_add(fused, mixed, layer.out, x)
+        x = project_add(fused, swiglu(fused, x, layer.gate_up), layer.down, x)
+    logits = jnp.dot(normalise(x), weights.head, preferred_element_type=jnp.float32)
     return logits, Cache(cache.index + 1, tuple(layers))
 
 
 # Mixers
 
 
-def _lasad(form, config, products, weights, layer, x, cache, index):
+def _lasad(form, config, fused, weights, layer, x, cache, index):
     recent = cache.recent
     if recent is not None:
         x, recent = _norm_conv(form, config, layer, x, recent, index)
-    projection = project(products, "projection", x, layer.projection, norm=recent is None)
+    projection = project(fused, x, layer.projection, norm=recent is None)
     if form == "triton":
         from lasad_jax.ops.kernels import decode_triton
 
@@ -236,8 +229,8 @@ def mix(
     return normalise(out) * out_gate, state
 
 
-def _softmax(config, products, weights, layer, x, cache, index):
-    projection = project(products, "projection", x, layer.projection, norm=True)
+def _softmax(config, fused, weights, layer, x, cache, index):
+    projection = project(fused, x, layer.projection, norm=True)
     q, k, v = _split_heads(config, projection, 3)
     if config.rope:
         q, k = turn(q, weights.turns[index]), turn(k, weights.turns[index])

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float
+from jaxtyping import Array, BFloat16
 
 from lasad_jax.ops.kernels import mosaic_tiles as mg
 from lasad_jax.ops.kernels.decode_tiling import (
@@ -32,17 +32,14 @@ from lasad_jax.ops.kernels.decode_tiling import (
 
 __all__ = ["interleave", "obstacle", "project", "project_add", "swiglu"]
 
-Product = Float[Array, "M N"]
-
 
 def project(
     x: BFloat16[Array, "M K"],
     w: BFloat16[Array, "K N"],
     *,
     norm_eps: float | None = None,
-    out_dtype: jnp.dtype = jnp.bfloat16,
     **options,
-) -> Product:
+) -> BFloat16[Array, "M N"]:
     """x @ w, summed in float32.
 
     Args:
@@ -50,14 +47,12 @@ def project(
       w: the matrix; K a multiple of 64, N of 8 (of 64 if gated).
       norm_eps: if given, rows of x are divided by their root mean square, of this epsilon.
         RMSNorm's scale is to be multiplied into the rows of w beforehand.
-      out_dtype: bfloat16 or float32.
-      **options: `tiling` in place of the one chosen; `early`: w is no result of the same
-        program, so its loads may begin while the kernel before still runs; `interpret`.
+      **options: `tiling` in place of the one chosen; `interpret`.
 
     Raises:
       ValueError: for what `obstacle` names.
     """
-    return _product(x, w, None, norm_eps=norm_eps, out_dtype=out_dtype, **options)
+    return _product(x, w, None, norm_eps=norm_eps, **options)
 
 
 def project_add(
@@ -88,12 +83,10 @@ def _product(
     *,
     norm_eps=None,
     gated=False,
-    out_dtype=jnp.bfloat16,
     tiling: Tiling | None = None,
-    early: bool = False,
     interpret: bool = False,
 ):
-    if why := argument_obstacle(x, w, residual, gated, out_dtype):
+    if why := argument_obstacle(x, w, residual, gated):
         raise ValueError(f"decode product: {why}")
     (M, K), N, normed = x.shape, w.shape[1], norm_eps is not None
     t = tiling or best_tiling(M, K, N, gated=gated, normed=normed)
@@ -105,18 +98,13 @@ def _product(
     if padded:
         x = jnp.pad(x, ((0, padded), (0, 0)))
         residual = None if residual is None else jnp.pad(residual, ((0, padded), (0, 0)))
-    out = _launch(
-        x, w, residual, t, norm_eps=norm_eps, gated=gated, out_dtype=jnp.dtype(out_dtype),
-        early=early, interpret=interpret,
-    )  # fmt: skip
+    out = _launch(x, w, residual, t, norm_eps=norm_eps, gated=gated, interpret=interpret)
     return out[:M] if padded else out
 
 
 # Products alike are traced and compiled once, however many layers call for them.
-@functools.partial(
-    jax.jit, static_argnames=("t", "norm_eps", "gated", "out_dtype", "early", "interpret")
-)
-def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, interpret):
+@functools.partial(jax.jit, static_argnames=("t", "norm_eps", "gated", "interpret"))
+def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, interpret):
     (M, K), N = x.shape, w.shape[1]
     warpgroups = t.rows // ROWS
     steps = t.steps(K)
@@ -124,9 +112,10 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
     width = t.columns // t.split  # of what a program finishes
     out_width = width // 2 if gated else width
     shape = (M, N // 2 if gated else N)
-    part, part_transforms = _swizzled(PAIR if gated else out_width, out_dtype.itemsize)
+    part, part_transforms = _swizzled(PAIR if gated else out_width, 2)
     parts = out_width // part
     slots = min(parts, 2) if residual is None else parts
+    bf16 = jnp.bfloat16
 
     def body(*refs):
         refs = iter(refs)
@@ -158,8 +147,6 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
         def _load():
             loop = lambda low, high, step: lax.fori_loop(low, high, lambda i, _: step(i), None)
             loop(0, stages, lambda i: fetch_w(i, i))
-            if early:
-                plgpu.griddepcontrol_wait()
             loop(0, stages, lambda i: fetch_x(i, i))
             if residual is not None:
                 for j in range(parts):
@@ -176,8 +163,6 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
 
             if steps > stages:
                 loop(stages, steps, refill)
-            if early:
-                plgpu.griddepcontrol_launch_dependents()
 
         @pl.when(warpgroup < warpgroups)
         def _multiply():
@@ -210,8 +195,6 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
                 return sums[...], squares
 
             value, squares = pl.run_scoped(run, plgpu.ACC((ROWS, t.columns), jnp.float32))
-            if early:
-                plgpu.griddepcontrol_wait()
             if norm_eps is not None:
                 scale = lax.rsqrt(jnp.sum(squares, axis=1) / K + norm_eps)
                 value *= lax.broadcast_in_dim(scale, value.shape, [0])
@@ -227,7 +210,7 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
                 elif j >= slots:
                     plgpu.wait_smem_to_gmem(slots - 1, wait_read_only=True)
                     plgpu.commit_smem()
-                target[...] = piece.astype(out_dtype)
+                target[...] = piece.astype(bf16)
                 plgpu.commit_smem()
                 place = (
                     pl.ds(row + warpgroup * ROWS, ROWS),
@@ -238,12 +221,11 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
 
     # wgmma takes both operands swizzled alike.
     transforms = _swizzled(math.gcd(t.depth, t.columns), 2)[1]
-    bf16 = jnp.bfloat16
     scratch_types = {
         "x": plgpu.SMEM((stages, t.rows, t.depth), bf16, transforms=transforms),
         "w": plgpu.SMEM((stages, t.depth, t.columns), bf16, transforms=transforms),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "out": plgpu.SMEM((slots, t.rows, part), out_dtype, transforms=part_transforms),
+        "out": plgpu.SMEM((slots, t.rows, part), bf16, transforms=part_transforms),
     }
     if steps > stages:
         axes = [name for name, size in zip("mn", t.cluster, strict=True) if size > 1]
@@ -263,7 +245,7 @@ def _launch(x, w, residual, t: Tiling, *, norm_eps, gated, out_dtype, early, int
     body.__name__ = "decode_product"
     return plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(shape, out_dtype),
+        out_type=jax.ShapeDtypeStruct(shape, bf16),
         scratch_types=list(scratch_types.values()),
         grid=t.grid(M, N),
         grid_names=("grid_m", "grid_n"),

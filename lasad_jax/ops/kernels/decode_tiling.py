@@ -21,10 +21,12 @@ _BARRIERS = 2048  # bytes kept for barriers and alignment
 _MOST_STAGES = 32
 
 # What a choice is made by, in KB and products per microsecond; one wave at a time.
-_L2 = 5500.0  # of all multiprocessors
+_L2 = 7000.0  # of all multiprocessors
 _INTAKE = 90.0  # of one
 _PRODUCTS = 3.4e6  # of one: multiplications and additions
-_START, _CLUSTER, _EXCHANGE = 2.5, 0.2, 0.7  # microseconds of each launch that has them
+_START, _CLUSTER = 2.5, 0.2  # microseconds of each launch that has them
+_EXCHANGE = 0.12  # for each KB of sums that a program receives from the others of its split
+_SQUARES = 0.001  # for each input of 64 normalised rows
 # How many multiprocessors hold whole clusters of a size.
 _PLACES = {1: 132, 2: 132, 4: 128, 8: 120}
 
@@ -98,12 +100,7 @@ class Tiling:
             return f"{self.shared_memory(K)} bytes of shared memory exceed {SHARED_MEMORY}"
         return None
 
-    def intake(self, K: int) -> float:
-        """KB that a multiprocessor takes in for one program."""
-        loads = self.steps(K) * self.depth * (self.rows + self.columns) * 2
-        return (loads + (self.rows * self.columns * 4 if self.split > 1 else 0)) / 1e3
-
-    def cost(self, M: int, K: int, N: int) -> float:
+    def cost(self, M: int, K: int, N: int, *, normed: bool = False) -> float:
         """Microseconds, roughly, on an H100 or H200."""
         m, n = self.cluster
         down, across = self.grid(M, N)
@@ -111,9 +108,13 @@ class Tiling:
         waves = -(-programs // _PLACES[self.programs_of_cluster])
         inputs = self.steps(K) * self.depth
         read = programs * inputs * (self.rows / n + self.columns / m) * 2e-3 / _L2
-        taken = waves * self.intake(K) / _INTAKE
+        taken = waves * inputs * (self.rows + self.columns) * 2e-3 / _INTAKE
         multiplied = waves * self.rows * self.columns * inputs / _PRODUCTS
-        extra = (m * n > 1) * _CLUSTER + (self.split > 1) * _EXCHANGE
+        extra = (m * n > 1) * _CLUSTER
+        if self.split > 1:
+            extra += self.rows * self.columns * 4e-3 * _EXCHANGE
+        if normed:
+            extra += waves * inputs * self.rows / ROWS * _SQUARES
         return _START + max(read, taken, multiplied) + extra
 
 
@@ -141,9 +142,11 @@ def tilings(M: int, K: int, N: int, *, gated: bool = False, normed: bool = False
     columns = [c for c in (32, 64, 96, 128, 192, 256) if c <= N]
     clusters = ((1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4))
     found = []
-    for r, c, cluster, split in itertools.product(rows, columns, clusters, (1, 2, 4, 8)):
+    for r, c, cluster, split in itertools.product(rows, columns, clusters, (1, 2)):
         if r * cluster[0] >= M + r or c * cluster[1] >= N + c:
             continue  # whole programs would have nothing to do
+        if c < 64 * (split > 1):
+            continue  # short rows are slow to exchange
         empty = Tiling(r, c, 1, cluster, split)
         spare = SHARED_MEMORY - empty.shared_memory(K)
         stages = 1 + spare // (empty.depth * (r + c) * 2)
@@ -152,8 +155,13 @@ def tilings(M: int, K: int, N: int, *, gated: bool = False, normed: bool = False
             one.stages >= min(4, one.steps(K))
         ):
             found.append(one)
-    simplest = lambda t: (t.cost(M, K, N), t.programs_of_cluster, t.rows * t.columns)
-    return sorted(found, key=simplest)
+    order = lambda t: (
+        t.cost(M, K, N, normed=normed),
+        -t.cluster[0],
+        t.programs_of_cluster,
+        t.rows * t.columns,
+    )
+    return sorted(found, key=order)
 
 
 @functools.cache
@@ -162,7 +170,7 @@ def best_tiling(M: int, K: int, N: int, *, gated: bool = False, normed: bool = F
     return tilings(M, K, N, gated=gated, normed=normed)[0]
 
 
-def obstacle(x, w, residual=None, *, gated=False, out_dtype=jnp.bfloat16) -> str | None:
+def obstacle(x, w, residual=None, *, gated=False) -> str | None:
     """Why these arguments cannot be multiplied on this device; None if they can.
 
     Only shapes, dtypes and the device matter: x, w, residual may be `jax.ShapeDtypeStruct`.
@@ -172,16 +180,14 @@ def obstacle(x, w, residual=None, *, gated=False, out_dtype=jnp.bfloat16) -> str
         return f"it needs jax 0.11 or later, not {jax.__version__}"
     if where.platform not in ("gpu", "cuda") or not is_hopper(where):
         return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
-    return argument_obstacle(x, w, residual, gated, out_dtype)
+    return argument_obstacle(x, w, residual, gated)
 
 
-def argument_obstacle(x, w, residual, gated, out_dtype) -> str | None:
+def argument_obstacle(x, w, residual, gated) -> str | None:
     """The same on any device."""
     dtypes = [str(a.dtype) for a in (x, w, residual) if a is not None]
     if set(dtypes) != {"bfloat16"}:
         return f"it takes bfloat16, not {', '.join(dtypes)}"
-    if jnp.dtype(out_dtype) not in (jnp.bfloat16, jnp.float32):
-        return f"out_dtype must be bfloat16 or float32, not {jnp.dtype(out_dtype)}"
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
         return f"it multiplies (M, K) by (K, N), not {x.shape} by {w.shape}"
     (M, K), N = x.shape, w.shape[1]

@@ -70,14 +70,14 @@ def mix(
         h = pl.program_id(1)
         dtype = out_ref.dtype
         row = jnp.arange(ring_ref.recent_k.shape[0])
-        value, column = jnp.arange(value_dim), jnp.arange(key_dim)
+        value = jnp.arange(value_dim)
         # Keys lie in pairs, both in one thread: RoPE then needs no other thread's.
         pair = 2 * jnp.arange(key_dim // 2)[:, None] + jnp.arange(2)[None, :]
         first = h * 2 * (key_dim + value_dim)
         rounded = lambda x: x.astype(dtype).astype(jnp.float32)
 
         # Loads first, the largest before all others: they are on their way together.
-        memory = ring_ref.memory[column[None, :], value[:, None]]
+        memory = ring_ref.memory[:, :]
         index = index_ref[0]
         place = index - 1
         slot = 1 + lax.rem(place, NUM_RECENT)
@@ -109,9 +109,8 @@ def mix(
 
         weight = jnp.where(row == 0, 1.0, exp(log_weight))
         if dtype == jnp.float32:
-            times = lambda matrix, vector: jnp.sum(matrix * vector[None, :], axis=1)
-            scores = times(recent_k, q) * weight
-            x = of_memory * times(memory, q) + times(recent_v, scores)
+            scores = jnp.sum(recent_k * q[None, :], axis=1) * weight
+            x = jnp.sum(recent_v * scores[None, :], axis=1)
         else:
             # Tensor cores take q as equal columns, to be added in the end. Scores go on as their
             # rounded values in one half of them and what rounding lost in the other.
@@ -120,8 +119,10 @@ def mix(
             high = rounded(scores)
             odd = (jnp.arange(_COPIES) % 2 == 1)[None, :]
             scores = jnp.where(odd, scores - high, high).astype(dtype)
-            x = dot(memory, columns, 1, 0) * (of_memory / _COPIES)
-            x = jnp.sum(x + dot(recent_v, scores, 1, 0), axis=1)
+            x = jnp.sum(dot(recent_v, scores, 1, 0), axis=1)
+        # Last and without tensor cores, to which it would have to go through shared memory as
+        # soon as it is loaded: until here it is on its way.
+        x += jnp.sum(memory.astype(jnp.float32) * (of_memory * q)[:, None], axis=0)
         # What is read here says how x lies from now on: spread over all threads. In its sum
         # above, several had the same.
         v = read(2 * key_dim + value).astype(jnp.float32)
