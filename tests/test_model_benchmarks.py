@@ -64,6 +64,10 @@ def run_main(parse, capsys):
     return run
 
 
+def step_of(config, *make_step):
+    return train_rows.lower_step(config, *make_step).compile()
+
+
 def product_flops(jaxpr) -> int:
     """FLOPs of all matrix products in a program, loops and calls unrolled."""
     total = 0
@@ -175,30 +179,29 @@ def test_training_table_and_files(run_main, tmp_path, monkeypatch):
 
 def test_average_of_parameters_takes_memory(parse):
     parse(*TRAINING)
-    case = GeneratorCase.parse("tiny:2x2x3")
     without, with_it = (
-        train_rows.time_row(
-            case,
-            "lasad",
-            ema=ema,
-            product_flops_per_second=1.0,
-            how={"repeats": 1, "min_seconds": 0.0},
-        )
+        train_rows.run_config(GeneratorCase.parse("tiny:2x2x3"), "lasad", ema=ema)
         for ema in (False, True)
     )
-    more = with_it["memory_bytes"] - without["memory_bytes"]
-    assert more >= 4 * without["parameters"]
+    more = limits.compiled_bytes(step_of(with_it)) - limits.compiled_bytes(step_of(without))
+    assert more >= 4 * count_parameters(without.model)
 
 
 def test_a_step_that_fails_is_a_row_with_its_reason(run_main, monkeypatch):
-    trainer = train_rows.Trainer
+    trainer, lower_step = train_rows.Trainer, train_rows.lower_step
 
-    def refuse(config):
-        if config.model.mixer == "softmax":
+    def too_large(config, *arguments):
+        if config.model.mixer == "softmax" and config.model.num_tokens == 6:
             raise RuntimeError("RESOURCE_EXHAUSTED: too large\nand more")
-        return trainer(config)
+        return trainer(config, *arguments)
 
-    monkeypatch.setattr(train_rows, "Trainer", refuse)
+    def untraceable(config):
+        if config.model.mixer == "softmax" and config.model.num_tokens == 5:
+            raise RuntimeError("RESOURCE_EXHAUSTED: too large")
+        return lower_step(config)
+
+    monkeypatch.setattr(train_rows, "Trainer", too_large)
+    monkeypatch.setattr(train_rows, "lower_step", untraceable)
     printed = run_main(training, *TRAINING)
     assert printed.count("RuntimeError: RESOURCE_EXHAUSTED: too large |") == 2
     assert "and more" not in printed
@@ -234,7 +237,7 @@ def test_plain_step_is_the_step(parse):
     losses = {}
     for is_plain in (False, True):
         make = lambda config, is_plain=is_plain: plain.make_step(config, plain=is_plain)
-        trainer = train_rows.Trainer(config, make)
+        trainer = train_rows.Trainer(config, step_of(config, make))
         losses[is_plain] = [float(trainer(trainer.batch(0))["loss"]) for _ in range(5)]
     np.testing.assert_allclose(losses[False], losses[True], rtol=1e-5)
     assert losses[True][-1] < losses[True][0] - 0.02  # it learns: the state does go on
@@ -252,7 +255,9 @@ def test_loop_that_waits_for_batches_says_so(parse, monkeypatch):
 
     monkeypatch.setattr(train_rows, "train_batches", slow)
     case = GeneratorCase.parse("tiny:2x2x3")
-    row = train_rows.loader_row(case, "softmax", steps=4, images=5, wait_every=2)
+    config = train_rows.run_config(case, "softmax")
+    trainer = train_rows.Trainer(config, step_of(config))
+    row = train_rows.loader_row(trainer, case, steps=4, images=5, wait_every=2)
     assert row["seconds"] > 0.2
     assert row["share"] > 0.5
     assert row["seconds_on_device"] < row["seconds"]

@@ -1,6 +1,7 @@
 """The training step against its plain path: the same model, whole float32 logits."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -46,25 +47,30 @@ def make_step(config: Config, *, plain: bool = False) -> Callable:
     return step
 
 
-def loss_curves(case: GeneratorCase, mixer: str, steps: int) -> dict[str, list[float]]:
-    """Losses of the first steps by the plain path, by the step, and by the plain path rounded
-    otherwise: the operator in its `chunked` form, which shows how far bf16 alone drives curves
-    apart (nothing for softmax, which has one form).
+def ways(case: GeneratorCase, mixer: str) -> dict[str, tuple[Config, Callable]]:
+    """Runs that should have the same losses, and what makes their steps.
+
+    The plain path, the step, and the plain path rounded otherwise: the operator in its `chunked`
+    form, which shows how far bf16 alone drives curves apart (not for softmax, which has one form).
     """
-    ways = {"plain": ("auto", True), "step": ("auto", False)}
+    forms = {"plain": ("auto", True), "step": ("auto", False)}
     if mixer == "lasad":
-        ways["plain, chunked operator"] = ("chunked", True)
-    curves = {}
-    for name, (form, plain) in ways.items():
+        forms["plain, chunked operator"] = ("chunked", True)
+    found = {}
+    for name, (form, plain) in forms.items():
         config = run_config(case, mixer, implementation=form)
         optimizer = dataclasses.replace(
             config.optimizer, learning_rate=_LEARNING_RATE, warmup_steps=_WARMUP
         )
         config = dataclasses.replace(config, optimizer=optimizer)
-        trainer = Trainer(config, lambda config, plain=plain: make_step(config, plain=plain))
-        losses = [trainer(trainer.batch(step))["loss"] for step in range(steps)]
-        curves[name] = [float(loss) for loss in jax.device_get(losses)]
-    return curves
+        found[name] = config, functools.partial(make_step, plain=plain)
+    return found
+
+
+def losses(trainer: Trainer, steps: int) -> list[float]:
+    """Of the first steps, each on a batch of its own."""
+    found = [trainer(trainer.batch(step))["loss"] for step in range(steps)]
+    return [float(loss) for loss in jax.device_get(found)]
 
 
 def largest_differences(curves: dict[str, list[float]]) -> dict[str, float]:

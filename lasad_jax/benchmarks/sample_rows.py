@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from lasad_jax.benchmarks import counts, decoding, llamagen
+from lasad_jax.benchmarks.compiling import compiled
 from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.limits import AllocatorPeak, compiled_bytes
 from lasad_jax.benchmarks.tables import one_line
@@ -29,17 +30,26 @@ def _make_inputs(case: GeneratorCase, config: ModelConfig) -> tuple[jax.Array, j
     return labels, jax.random.split(jax.random.key(1), case.batch)
 
 
-def _compile_drawing(case: GeneratorCase, config: ModelConfig) -> jax.stages.Compiled:
-    """Nothing is allocated for it."""
+def lower_drawing(case: GeneratorCase, mixer: str) -> jax.stages.Lowered:
+    """Traces the drawing of a batch; nothing is allocated."""
+    config = case.model(mixer)
     shapes = jax.eval_shape(lambda: (_make_prepared(config), *_make_inputs(case, config)))
-    return jax.jit(functools.partial(decoding.draw_images, config)).lower(*shapes).compile()
+    return jax.jit(functools.partial(decoding.draw_images, config)).lower(*shapes)
 
 
-def time_row(case: GeneratorCase, mixer: str, *, bytes_per_second: float, how: dict) -> dict:
+def time_row(
+    case: GeneratorCase,
+    mixer: str,
+    draw: jax.stages.Compiled | Exception,
+    *,
+    bytes_per_second: float,
+    how: dict,
+) -> dict:
     """One row of the table: medians in seconds, or under "skipped" why there are none.
 
     Args:
       case, mixer: which generator.
+      draw: compiled from `lower_drawing`, or why it could not be.
       bytes_per_second: of a plain copy.
       how: repeats and min_seconds, as in `seconds_per_call`.
     """
@@ -57,7 +67,7 @@ def time_row(case: GeneratorCase, mixer: str, *, bytes_per_second: float, how: d
         row["llamagen"] = peer._asdict()
     allocator = AllocatorPeak()
     try:
-        draw = _compile_drawing(case, config)
+        draw = compiled(draw)
         prepared = jax.jit(lambda: _make_prepared(config))()
         # One set of inputs: what thousands of tokens leave in a cache helps no next image.
         runs = seconds_per_call(draw, [(prepared, *_make_inputs(case, config))], **how)
@@ -132,11 +142,9 @@ def _pass_times(case: GeneratorCase, mixer: str, *, length: int, repeats: int) -
     return passes[1:]
 
 
-def memory_row(case: GeneratorCase, mixer: str) -> dict:
+def memory_row(case: GeneratorCase, mixer: str, draw: jax.stages.Compiled | Exception) -> dict:
     """Memory of drawing a batch, compiled and not run: "memory_bytes", or "skipped"."""
     row = {"case": str(case), "tokens": case.tokens, "mixer": mixer}
-    try:
-        compiled = _compile_drawing(case, case.model(mixer))
-    except Exception as error:
-        return row | {"skipped": one_line(error)}
-    return row | {"memory_bytes": compiled_bytes(compiled)}
+    if isinstance(draw, Exception):
+        return row | {"skipped": one_line(draw)}
+    return row | {"memory_bytes": compiled_bytes(draw)}

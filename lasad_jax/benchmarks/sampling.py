@@ -16,6 +16,7 @@ from absl import flags
 
 from lasad_jax import command
 from lasad_jax.benchmarks import decoding, generators, llamagen, plots, results, sample_rows
+from lasad_jax.benchmarks.compiling import compile_all
 from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.tables import (
     Column,
@@ -92,12 +93,23 @@ def main() -> None:
     found |= {"guidance": decoding.GUIDANCE, "llamagen": llamagen.SOURCE}
     print(f"{found.header()}\nguidance {decoding.GUIDANCE}; LlamaGen: {llamagen.SOURCE}")
 
+    shown = [*cases, *(_shrunk(along) if along else ())]
+    drawings = compile_all(
+        {
+            (case, mixer): functools.partial(sample_rows.lower_drawing, case, mixer)
+            for case, mixer in itertools.product(dict.fromkeys(shown), mixers)
+        }
+    )
     print("\n" + head(COLUMNS))
     for case in cases:
         baseline = {}
         for mixer in mixers:
             row = sample_rows.time_row(
-                case, mixer, bytes_per_second=found.bytes_per_second, how=found.how
+                case,
+                mixer,
+                drawings[case, mixer],
+                bytes_per_second=found.bytes_per_second,
+                how=found.how,
             )
             if mixer == "softmax":
                 baseline = row
@@ -106,10 +118,17 @@ def main() -> None:
             found.add("rows", row)
             print(row_line(row, COLUMNS), flush=True)
     if along:
-        _print_along(found, along, mixers)
+        _print_along(found, along, mixers, drawings)
 
 
-def _print_along(found: results.Results, case: GeneratorCase, mixers: list[str]) -> None:
+def _shrunk(case: GeneratorCase) -> list[GeneratorCase]:
+    """The same on grids of growing sides."""
+    return [case.shrunk(part, _LENGTHS) for part in range(1, _LENGTHS + 1)]
+
+
+def _print_along(
+    found: results.Results, case: GeneratorCase, mixers: list[str], drawings: dict
+) -> None:
     """Time along the sequence and memory over its length, printed and drawn."""
     length = max(1, case.tokens // _SEGMENTS)
     positions = [length * i for i in range(case.tokens // length)]
@@ -123,8 +142,8 @@ def _print_along(found: results.Results, case: GeneratorCase, mixers: list[str])
         print(row_line(row, columns), flush=True)
 
     print("\nmemory of drawing images of growing sides\n" + head(MEMORY_COLUMNS))
-    for mixer, share in itertools.product(mixers, range(1, _LENGTHS + 1)):
-        row = sample_rows.memory_row(case.shrunk(share, _LENGTHS), mixer)
+    for mixer, shrunk in itertools.product(mixers, _shrunk(case)):
+        row = sample_rows.memory_row(shrunk, mixer, drawings[shrunk, mixer])
         found.add("memory", row)
         print(row_line(row, MEMORY_COLUMNS), flush=True)
     with found.picture() as file:

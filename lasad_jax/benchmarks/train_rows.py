@@ -9,9 +9,11 @@ from pathlib import Path
 
 import jax
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from lasad_jax.benchmarks import counts, llamagen
+from lasad_jax.benchmarks.compiling import compiled
 from lasad_jax.benchmarks.generators import GeneratorCase, random_batch
 from lasad_jax.benchmarks.limits import AllocatorPeak, compiled_bytes
 from lasad_jax.benchmarks.random_codes import write_random_codes
@@ -22,7 +24,7 @@ from lasad_jax.data.codes import CodeExamples
 from lasad_jax.data.loader import train_batches
 from lasad_jax.models import count_parameters
 from lasad_jax.training import sharding
-from lasad_jax.training.state import init_state
+from lasad_jax.training.state import abstract_state, init_state
 from lasad_jax.training.step import Batch, make_train_step
 
 _EMA_DECAY = OptimizerConfig().ema_decay
@@ -37,43 +39,60 @@ def run_config(case: GeneratorCase, mixer: str, *, ema: bool = False, **model) -
     )
 
 
+def lower_step(config: Config, make_step: Callable = make_train_step) -> jax.stages.Lowered:
+    """Traces the step of a run on one device; no state is allocated.
+
+    Args:
+      config: of the run.
+      make_step: config to (state, batch) -> (state, metrics).
+    """
+    mesh = _one_device(config)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        step = jax.jit(make_step(config), donate_argnums=0)
+        return step.lower(abstract_state(config, mesh), _random_batch(config, 0))
+
+
 class Trainer:
     """A compiled step on one device and the state that it replaces each time.
 
     Attributes:
       config: of the run.
-      compiled: the step.
       mesh: of the one device.
     """
 
-    def __init__(self, config: Config, make_step: Callable = make_train_step):
+    def __init__(self, config: Config, step: jax.stages.Compiled):
         """
         Args:
           config: of the run.
-          make_step: config to (state, batch) -> (state, metrics).
+          step: compiled from its `lower_step`.
         """
-        self.config = config
-        self.mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+        self.config, self.mesh, self._step = config, _one_device(config), step
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
             self._state = init_state(config, self.mesh)
-            step = jax.jit(make_step(config), donate_argnums=0)
-            self.compiled = step.lower(self._state, self.batch(0)).compile()
 
     def __call__(self, batch: Batch) -> dict[str, Array]:
         """Takes a step and returns its metrics."""
-        self._state, metrics = self.compiled(self._state, batch)
+        self._state, metrics = self._step(self._state, batch)
         return metrics
 
     def batch(self, seed: int) -> Batch:
         """Random codes on the device."""
-        config = self.config
-        batch = random_batch(config.model, config.batch_size, seed)
-        return sharding.put_batch(jax.device_get(batch), self.mesh)
+        return _random_batch(self.config, seed)
+
+
+def _one_device(config: Config) -> Mesh:
+    return sharding.make_mesh(config.mesh, jax.devices()[:1])
+
+
+def _random_batch(config: Config, seed: int) -> Batch:
+    batch = random_batch(config.model, config.batch_size, seed)
+    return sharding.put_batch(jax.device_get(batch), _one_device(config))
 
 
 def time_row(
     case: GeneratorCase,
     mixer: str,
+    step: jax.stages.Compiled | Exception,
     *,
     ema: bool,
     product_flops_per_second: float,
@@ -83,7 +102,8 @@ def time_row(
 
     Args:
       case, mixer: which generator.
-      ema: keep an average of the parameters.
+      step: compiled from `lower_step`, or why it could not be.
+      ema: whether it keeps an average of the parameters.
       product_flops_per_second: of a large matrix product.
       how: repeats and min_seconds, as in `seconds_per_call`.
     """
@@ -102,7 +122,7 @@ def time_row(
         row["llamagen"] = peer._asdict()
     allocator = AllocatorPeak()
     try:
-        trainer = Trainer(config)
+        trainer = Trainer(config, compiled(step))
         batches = [(trainer.batch(seed),) for seed in range(NUM_SETS)]
         runs = seconds_per_call(trainer, batches, **how)
     except Exception as error:  # a step that does not fit says so; the others go on
@@ -116,7 +136,7 @@ def time_row(
         "images_per_second": case.batch / seconds,
         "flops_per_second": flops_per_second,
         "of_product": flops_per_second / product_flops_per_second,
-        "memory_bytes": compiled_bytes(trainer.compiled),
+        "memory_bytes": compiled_bytes(step),
         "allocator_bytes": allocator.bytes(),
     }
     if peer:
@@ -125,12 +145,13 @@ def time_row(
 
 
 def loader_row(
-    case: GeneratorCase, mixer: str, *, steps: int, images: int, wait_every: int
+    trainer: Trainer, case: GeneratorCase, *, steps: int, images: int, wait_every: int
 ) -> dict:
     """The training loop on stored codes: how much of its time passes in waiting for a batch.
 
     Args:
-      case, mixer: which generator.
+      trainer: of the generator.
+      case: what it is.
       steps: timed, after a tenth as many (at least one) that are not.
       images: stored.
       wait_every: steps after which the host waits for the device, as a run's `log_every`.
@@ -139,7 +160,6 @@ def loader_row(
       "share": of the host's time, passed in waiting for the next batch. "seconds" of a step,
       and "seconds_on_device" with the same few batches over and over, which lie on the device.
     """
-    trainer = Trainer(run_config(case, mixer))
 
     def seconds_of(batches, count: int) -> tuple[float, float]:
         waited, start = 0.0, time.perf_counter()
@@ -170,7 +190,7 @@ def loader_row(
     _, without = seconds_of(on_device, steps)
     return {
         "case": str(case),
-        "mixer": mixer,
+        "mixer": trainer.config.model.mixer,
         "steps": steps,
         "share": waited / seconds,
         "seconds": seconds / steps,

@@ -13,11 +13,13 @@ second table shows the cost of a token as images grow. docs/speed.md says how to
 
 import functools
 import itertools
+from collections.abc import Callable
 
 from absl import flags
 
 from lasad_jax import command
 from lasad_jax.benchmarks import generators, llamagen, plain, plots, results, train_rows
+from lasad_jax.benchmarks.compiling import compile_all, compiled
 from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.limits import product_flops_per_second
 from lasad_jax.benchmarks.tables import (
@@ -105,11 +107,22 @@ def main() -> None:
     print(found.header())
     print(f"matrix product of bf16: {product / 1e12:.3g} TFLOP/s; LlamaGen: {llamagen.SOURCE}")
 
+    config_of = functools.partial(train_rows.run_config, ema=_EMA.value)
+    programs = {
+        (case, mixer): functools.partial(train_rows.lower_step, config_of(case, mixer))
+        for case, mixer in itertools.product(dict.fromkeys([*cases, *scaling]), mixers)
+    }
+    for mixer in mixers if _PLAIN_STEPS.value else ():
+        for name, (config, make_step) in plain.ways(cases[0], mixer).items():
+            programs[mixer, name] = functools.partial(train_rows.lower_step, config, make_step)
+    steps = compile_all(programs)
+
     # What stands in both tables is timed once.
     @functools.cache
     def time_case(case: GeneratorCase, mixer: str) -> dict:
+        step = steps[case, mixer]
         row = train_rows.time_row(
-            case, mixer, ema=_EMA.value, product_flops_per_second=product, how=found.how
+            case, mixer, step, ema=_EMA.value, product_flops_per_second=product, how=found.how
         )
         baseline = time_case(case, "softmax") if mixer != "softmax" and "softmax" in mixers else {}
         return row | generators.over_softmax(row, baseline)
@@ -126,34 +139,38 @@ def main() -> None:
                 plots.draw_scaling(found["scaling"], found["device"], file)
 
     for mixer in mixers if _LOADER.value else ():
-        _loader(found, cases[0], mixer, sizes["loader"])
+        config, step = config_of(cases[0], mixer), steps[cases[0], mixer]
+        _or_skip("loop on stored codes", _loader, found, cases[0], config, step, sizes["loader"])
     for mixer in mixers if _PLAIN_STEPS.value else ():
-        _curves(found, cases[0], mixer)
+        _or_skip("curves", _curves, found, cases[0], mixer, steps)
 
 
-def _loader(found: results.Results, case: GeneratorCase, mixer: str, sizes: dict) -> None:
-    """Prints how long the loop waits for stored codes."""
+def _or_skip(what: str, part: Callable, *arguments) -> None:
+    """Runs a part; one that fails leaves a line, and the others go on."""
     try:
-        row = train_rows.loader_row(case, mixer, **sizes)
-    except Exception as error:  # the other parts go on
-        print(f"\nskipped: loop on stored codes, {case}, {mixer}: {one_line(error)}")
-        return
+        part(*arguments)
+    except Exception as error:
+        print(f"\nskipped: {what}: {one_line(error)}")
+
+
+def _loader(found: results.Results, case: GeneratorCase, config, step, sizes: dict) -> None:
+    """Prints how long the loop waits for stored codes."""
+    row = train_rows.loader_row(train_rows.Trainer(config, compiled(step)), case, **sizes)
     found.add("loader", row)
     print(
-        f"\nloop on stored codes, {case}, {mixer}: {percent(row['share'])} of the time waits for "
-        f"the next batch; {milliseconds(row['seconds'])} ms a step, "
+        f"\nloop on stored codes, {case}, {config.model.mixer}: {percent(row['share'])} of the "
+        f"time waits for the next batch; {milliseconds(row['seconds'])} ms a step, "
         f"{milliseconds(row['seconds_on_device'])} with codes on the device",
         flush=True,
     )
 
 
-def _curves(found: results.Results, case: GeneratorCase, mixer: str) -> None:
+def _curves(found: results.Results, case: GeneratorCase, mixer: str, steps: dict) -> None:
     """Prints how far the losses are from those of the plain path, and draws them."""
-    try:
-        curves = plain.loss_curves(case, mixer, _PLAIN_STEPS.value)
-    except Exception as error:
-        print(f"\nskipped: curves, {case}, {mixer}: {one_line(error)}")
-        return
+    curves = {}
+    for name, (config, _) in plain.ways(case, mixer).items():
+        trainer = train_rows.Trainer(config, compiled(steps[mixer, name]))
+        curves[name] = plain.losses(trainer, _PLAIN_STEPS.value)
     largest = plain.largest_differences(curves)
     row = {"case": str(case), "mixer": mixer, "largest_difference": largest, "losses": curves}
     found.add("curves", row)
