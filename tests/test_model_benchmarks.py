@@ -396,3 +396,18 @@ def test_a_row_shows_its_reason_once():
     assert tables.row_line({"a": 1, "b": 0.25, "c": 0.0123}, columns) == "| 1 | 250 x | 1.23 % |"
     assert tables.row_line({"a": 1, "skipped": "why"}, columns) == "| 1 | why | - |"
     assert tables.head(columns) == "| a | b | c |\n| --- | --- | --- |"
+
+
+@pytest.mark.parametrize("warmer", [False, True])
+def test_agreement_tells_other_codes_from_other_seeds(run_main, tmp_path, monkeypatch, warmer):
+    if warmer:
+        decode = decoding.decoder.decode
+        warm = lambda logits, cache: (logits / 2, cache)
+        monkeypatch.setattr(decoding.decoder, "decode", lambda *args: warm(*decode(*args)))
+    cases = ["--cases=tiny:256x2x4", "--mixers=lasad", "--along=", "--agreement=500"]
+    run_main(sampling, *FEW, *cases, f"--out={tmp_path}")
+    (row,) = json.loads((tmp_path / "sampling.json").read_text())["agreement"]
+    assert row["images"] == 512
+    noise = max(row["plain"], row["fast"])
+    assert 0 < noise < 0.25
+    assert (row["between"] > 1.4 * noise) == warmer

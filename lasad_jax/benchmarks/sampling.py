@@ -7,6 +7,8 @@ guidance in bf16, against the bytes that each token has to read at the speed of 
 measured first, and against what LlamaGen takes where that was measured. A second table follows
 the time of a token along the sequence, a third the memory over its length. docs/speed.md says
 how to read them.
+
+    --agreement=4096  also: codes drawn by the plain path, counted against those drawn fast
 """
 
 import functools
@@ -15,7 +17,15 @@ import itertools
 from absl import flags
 
 from lasad_jax import command
-from lasad_jax.benchmarks import decoding, generators, llamagen, plots, results, sample_rows
+from lasad_jax.benchmarks import (
+    agreement,
+    decoding,
+    generators,
+    llamagen,
+    plots,
+    results,
+    sample_rows,
+)
 from lasad_jax.benchmarks.compiling import compile_all
 from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.tables import (
@@ -31,6 +41,9 @@ from lasad_jax.benchmarks.tables import (
 
 _ALONG = flags.DEFINE_string(
     "along", None, "Case whose tokens are timed one after another; by device if unset, '' for none."
+)
+_AGREEMENT = flags.DEFINE_integer(
+    "agreement", 0, "Images of the first case to draw by the plain path as well.", 0
 )
 for module in (results, generators):
     flags.adopt_module_key_flags(module)
@@ -62,6 +75,14 @@ COLUMNS = (
     column("/ LlamaGen", "over_llamagen", ratio),
     column("its GB", "llamagen", lambda peer: gigabytes(peer["memory_bytes"])),
 )
+AGREEMENT_COLUMNS = (
+    column("case", "case", width=12),
+    column("mixer", "mixer"),
+    column("images", "images"),
+    column("plain, two seeds", "plain", digits()),
+    column("fast, two seeds", "fast", digits()),
+    column("fast to plain", "between", digits()),
+)
 MEMORY_COLUMNS = (
     column("case", "case", width=12),
     column("tokens", "tokens"),
@@ -88,6 +109,8 @@ def main() -> None:
     along = sizes["along"] if _ALONG.value is None else _ALONG.value
     along = GeneratorCase.parse(along, "along") if along else None
     mixers = generators.mixers()
+    if not cases and _AGREEMENT.value:
+        raise ValueError("cases: none given; --agreement takes the first one")
 
     found = results.Results("sampling", repeats=3, min_seconds=0.5)
     found |= {"guidance": decoding.GUIDANCE, "llamagen": llamagen.SOURCE}
@@ -119,6 +142,12 @@ def main() -> None:
             print(row_line(row, COLUMNS), flush=True)
     if along:
         _print_along(found, along, mixers, drawings)
+    if _AGREEMENT.value:
+        print("\ntotal variation of codes drawn\n" + head(AGREEMENT_COLUMNS))
+    for mixer in mixers if _AGREEMENT.value else ():
+        row = agreement.agreement_row(cases[0], mixer, _AGREEMENT.value)
+        found.add("agreement", row)
+        print(row_line(row, AGREEMENT_COLUMNS), flush=True)
 
 
 def _shrunk(case: GeneratorCase) -> list[GeneratorCase]:
