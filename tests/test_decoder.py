@@ -239,7 +239,7 @@ def held(ring):
 def test_norm_conv_kernel_is_the_plain_form(grid, dtype):
     config, _, layer, random = one_layer({"width": 48, "grid": grid}, dtype)
     recent = random(3, grid[1] + 1, config.width)
-    plain = quick_jit(lambda *args: decoder.norm_conv(config, layer, *args))
+    plain = quick_jit(lambda *args: decoder._norm_conv("xla", config, layer, *args))
     kernel = quick_jit(
         lambda *args: decode_triton.norm_conv(
             *args,

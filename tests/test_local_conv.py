@@ -34,19 +34,17 @@ TOLERANCES = {jnp.float32: 2e-6, jnp.bfloat16: 4e-3, jnp.float16: 6e-4}
 
 
 def inputs(grid, num_prefix, num_tokens, width, batch=2, seed=0):
-    """x, factor, kernel and a cotangent in float64; tokens are representable in bf16."""
+    """x, kernel and a cotangent in float64; tokens are representable in bf16."""
     rng = np.random.default_rng([seed, *grid, num_prefix, num_tokens, width])
     x, d_y = np.float64(rng.standard_normal((2, batch, num_tokens, width)).astype(jnp.bfloat16))
-    factor = np.float64(rng.uniform(0.3, 3, x.shape[:2]).astype(np.float32))
     kernel = np.float64(rng.standard_normal((5, width)).astype(np.float32))
-    return (x, factor, kernel), d_y
+    return (x, kernel), d_y
 
 
-def oracle(x, factor, kernel, d_y, grid, num_prefix):
+def oracle(x, kernel, d_y, grid, num_prefix):
     """y and all gradients, one pair of neighbours at a time."""
-    z = x * factor[..., None]
-    y, d_z, d_kernel = z * (1 + kernel[0]), d_y * (1 + kernel[0]), np.zeros_like(kernel)
-    d_kernel[0] = (d_y * z).sum((0, 1))
+    y, d_x, d_kernel = x * (1 + kernel[0]), d_y * (1 + kernel[0]), np.zeros_like(kernel)
+    d_kernel[0] = (d_y * x).sum((0, 1))
     for n in range(num_prefix, x.shape[1]):
         row, column = divmod(n - num_prefix, grid[1])
         for tap, (r, c) in enumerate(
@@ -54,20 +52,15 @@ def oracle(x, factor, kernel, d_y, grid, num_prefix):
         ):
             if r >= 0 and 0 <= c < grid[1]:
                 m = num_prefix + r * grid[1] + c
-                y[:, n] += kernel[tap] * z[:, m]
-                d_z[:, m] += kernel[tap] * d_y[:, n]
-                d_kernel[tap] += (d_y[:, n] * z[:, m]).sum(0)
-    return {
-        "y": y,
-        "x": d_z * factor[..., None],
-        "factor": (d_z * x).sum(-1),
-        "kernel": d_kernel,
-    }
+                y[:, n] += kernel[tap] * x[:, m]
+                d_x[:, m] += kernel[tap] * d_y[:, n]
+                d_kernel[tap] += (d_y[:, n] * x[:, m]).sum(0)
+    return {"y": y, "x": d_x, "kernel": d_kernel}
 
 
 def results(function, args, d_y):
     y, pullback = jax.vjp(function, *args)
-    return {"y": y, **dict(zip(("x", "factor", "kernel"), pullback(d_y), strict=True))}
+    return {"y": y, **dict(zip(("x", "kernel"), pullback(d_y), strict=True))}
 
 
 def assert_close(got, want, tolerance):
@@ -108,26 +101,11 @@ def test_kernels_are_a_loop_over_neighbours(grid, num_prefix, num_tokens, width,
     assert_close(run(args, d_y), want, TOLERANCES[dtype])
 
 
-def test_no_factor_is_a_factor_of_one():
-    (x, factor, kernel), d_y = inputs((3, 5), 1, 16, 16)
-    want = oracle(x, np.ones_like(factor), kernel, d_y, (3, 5), 1)
-    del want["factor"]
-    (x, _, kernel), d_y = cast((x, factor, kernel), d_y, jnp.float32)
-    both = kernels(columns=5, num_prefix=1, interpret=True)
-    for convolve in (
-        lambda x, kernel: local_conv(x, None, kernel, grid=(3, 5)),
-        lambda x, kernel: fused(x, None, kernel, *both),
-    ):
-        y, pullback = jax.vjp(convolve, x, kernel)
-        got = {"y": y, **dict(zip(("x", "kernel"), pullback(d_y), strict=True))}
-        assert_close(got, want, 2e-6)
-
-
 def test_lowers_to_one_launch_each_way():
     shape = jax.ShapeDtypeStruct
     for dtype, width in ((jnp.bfloat16, 768), (jnp.float16, 80), (jnp.float32, 1280)):
         x = shape((2, 256, width), dtype)
-        args = (x, shape(x.shape[:2], jnp.float32), shape((5, width), jnp.float32))
+        args = (x, shape((5, width), jnp.float32))
         convolve = functools.partial(local_conv, grid=(16, 16))
         run = functools.partial(results, convolve)
         for device, launches in (("H200", 2), ("A100", 2), ("v5e", 0)):
@@ -153,15 +131,15 @@ def test_each_device_convolves_its_own_images(batch, own, monkeypatch):
     monkeypatch.setattr(choice, "device", lambda: choice.Device("gpu", "NVIDIA A100"))
     conv = LocalConv(ModelConfig(grid=(3, 5), width=16, num_heads=1, dtype="float32"))
 
-    def convolve(x, factor, kernel):
-        return conv.apply({"params": {"kernel": kernel}}, x, factor=factor)[0]
+    def convolve(x, kernel):
+        return conv.apply({"params": {"kernel": kernel}}, x)[0]
 
     mesh = make_mesh(MeshConfig(2, 2, 2))
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         if own < batch:
-            x, factor, kernel = args
-            x, factor, d_y = jax.device_put((x, factor, d_y), batch_sharding(mesh))
-            args = (x, factor, kernel)
+            x, kernel = args
+            x, d_y = jax.device_put((x, d_y), batch_sharding(mesh))
+            args = (x, kernel)
         run = jax.jit(functools.partial(results, convolve)).lower(args, d_y).compile()
         got = run(args, d_y)
     assert set(seen) == {own}
@@ -171,34 +149,33 @@ def test_each_device_convolves_its_own_images(batch, own, monkeypatch):
 
 
 def test_bad_input_is_refused():
-    x, factor, kernel = (jnp.zeros(shape) for shape in ((2, 7, 16), (2, 7), (5, 16)))
+    x, kernel = (jnp.zeros(shape) for shape in ((2, 7, 16), (5, 16)))
     cases = [
         ({"implementation": "fast"}, "'fast' is not one of"),
         ({"grid": (1, 5)}, "N up to 6"),
-        ({"factor": factor[:, :6]}, r"factor: expected \(2, 7\)"),
         ({"kernel": kernel[:4]}, r"kernel: expected \(5, 16\)"),
         ({"implementation": "triton"}, "needs an NVIDIA GPU"),
     ]
-    good = {"x": x, "factor": factor, "kernel": kernel, "grid": (2, 3)}
+    good = {"x": x, "kernel": kernel, "grid": (2, 3)}
     for changes, reason in cases:
         with pytest.raises(ValueError, match=reason):
             local_conv(**(good | changes))
     with on("H200"), pytest.raises(ValueError, match="not int32"):
-        local_conv(x.astype(jnp.int32), None, kernel, grid=(2, 3), implementation="triton")
+        local_conv(x.astype(jnp.int32), kernel, grid=(2, 3), implementation="triton")
 
 
 def test_one_token_at_a_time_is_the_sequence():
-    """With the scale of a norm, from the start and after a part of the sequence."""
-    (x, factor, kernel), _ = cast(*inputs((3, 5), 1, 16, 16), jnp.float32)
+    """From the start and after a part of the sequence."""
+    (x, kernel), _ = cast(*inputs((3, 5), 1, 16, 16), jnp.float32)
     conv = LocalConv(ModelConfig(grid=(3, 5), width=16, num_heads=1, dtype="float32"))
     apply = functools.partial(jax.jit(conv.apply), {"params": {"kernel": kernel}})
-    want, nothing = apply(x, factor=factor)
+    want, nothing = apply(x)
     assert nothing is None
     for start in (1, 9):
         ring = jnp.full((2, 6, 16), 7.0)
-        first, ring = apply(x[:, :start], ring, factor=factor[:, :start])
+        first, ring = apply(x[:, :start], ring)
         parts = [first]
         for n in range(start, 16):
-            part, ring = apply(x[:, n : n + 1], ring, jnp.int32(n), factor[:, n : n + 1])
+            part, ring = apply(x[:, n : n + 1], ring, jnp.int32(n))
             parts.append(part)
         np.testing.assert_allclose(jnp.concatenate(parts, 1), want, atol=1e-5)

@@ -305,7 +305,8 @@ def test_time_along_the_sequence_is_that_of_each_place(parse, monkeypatch):
     monkeypatch.setattr(decoding, "begin", begin)
     monkeypatch.setattr(decoding, "decode", decode)
     case = GeneratorCase.parse("tiny:1x2x5")
-    row = sample_rows.along_row(case, "lasad", length=3, repeats=3)
+    segment = sample_rows.lower_along(case, "lasad", 3).compile()
+    row = sample_rows.along_row(case, "lasad", segment, length=3, repeats=3)
     assert row["positions"] == [0, 3, 6]  # the tenth token fills no segment
     first, second, third = row["seconds_per_token"]
     assert max(first, second) < 0.05 <= third

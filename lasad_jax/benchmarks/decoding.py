@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from lasad_jax.config import SamplingConfig
-from lasad_jax.models import LASADGen, ModelConfig, decoder
+from lasad_jax.models import ModelConfig, decoder
 from lasad_jax.models.decoder import Cache, Weights
 from lasad_jax.sampling.decode import generate
 
@@ -33,8 +33,7 @@ def begin(
     """Logits of the first code, and the cache to go on from."""
     none = jnp.zeros((len(labels), 0), jnp.int32)
     params, _ = prepared
-    logits, cache = LASADGen(config).apply({"params": params}, labels, none, method="prefill")
-    return logits, decoder.start(config, cache)
+    return decoder.prefill(config, params, labels, none)
 
 
 def decode(

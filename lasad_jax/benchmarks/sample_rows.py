@@ -88,37 +88,9 @@ def time_row(
     return row
 
 
-def along_row(case: GeneratorCase, mixer: str, *, length: int, repeats: int) -> dict:
-    """Time of a token as it depends on how many came before.
-
-    Images are drawn from their first token to their last, the likeliest code each time, in
-    segments that one compiled program takes turn by turn.
-
-    Args:
-      case, mixer: which generator; rows are twice the batch, as with guidance.
-      length: tokens of a segment; tokens at the end that fill none are left out.
-      repeats: passes over the sequence, of which the median of each segment counts.
-
-    Returns:
-      "positions": tokens before each segment; "seconds_per_token" in it; or "skipped".
-    """
-    row = {"case": str(case), "mixer": mixer}
-    try:
-        runs = _pass_times(case, mixer, length=length, repeats=repeats)
-    except Exception as error:
-        return row | {"skipped": one_line(error)}
-    times = [statistics.median(passes) / length for passes in zip(*runs, strict=True)]
-    positions = [length * i for i in range(len(times))]
-    return row | {"length": length, "positions": positions, "seconds_per_token": times}
-
-
-def _pass_times(case: GeneratorCase, mixer: str, *, length: int, repeats: int) -> list[list[float]]:
-    """Seconds of each segment, for each pass; a first pass warms up and does not count."""
+def lower_along(case: GeneratorCase, mixer: str, length: int) -> jax.stages.Lowered:
+    """Traces the drawing of the next `length` codes, the likeliest each time."""
     config = case.model(mixer)
-
-    def begin(prepared, labels):
-        logits, cache = decoding.begin(config, prepared, labels)
-        return jnp.argmax(logits, axis=-1), cache
 
     def segment(prepared, tokens, cache):
         def step(carry, _):
@@ -127,12 +99,59 @@ def _pass_times(case: GeneratorCase, mixer: str, *, length: int, repeats: int) -
 
         return jax.lax.scan(step, (tokens, cache), None, length)[0]
 
-    begin, segment = jax.jit(begin), jax.jit(segment, donate_argnums=(1, 2))
-    prepared = jax.jit(lambda: _make_prepared(config))()
+    shapes = jax.eval_shape(lambda: _begin_along(case, config, _make_prepared(config)))
+    return jax.jit(segment, donate_argnums=(1, 2)).lower(*shapes)
+
+
+def _begin_along(case: GeneratorCase, config: ModelConfig, prepared: PyTree) -> tuple:
+    """What a segment takes: prepared weights, the first codes and the cache."""
     labels = jnp.arange(_ROWS_PER_IMAGE * case.batch) % config.num_classes
+    logits, cache = decoding.begin(config, prepared, labels)
+    return prepared, jnp.argmax(logits, axis=-1), cache
+
+
+def along_row(
+    case: GeneratorCase,
+    mixer: str,
+    segment: jax.stages.Compiled | Exception,
+    *,
+    length: int,
+    repeats: int,
+) -> dict:
+    """Time of a token as it depends on how many came before.
+
+    Images are drawn from their first token to their last, the likeliest code each time, in
+    segments that one compiled program takes turn by turn.
+
+    Args:
+      case, mixer: which generator; rows are twice the batch, as with guidance.
+      segment: compiled from `lower_along`, or why it could not be.
+      length: tokens of a segment; tokens at the end that fill none are left out.
+      repeats: passes over the sequence, of which the median of each segment counts.
+
+    Returns:
+      "positions": tokens before each segment; "seconds_per_token" in it; or "skipped".
+    """
+    row = {"case": str(case), "mixer": mixer}
+    try:
+        runs = _pass_times(case, mixer, compiled(segment), length=length, repeats=repeats)
+    except Exception as error:
+        return row | {"skipped": one_line(error)}
+    times = [statistics.median(passes) / length for passes in zip(*runs, strict=True)]
+    positions = [length * i for i in range(len(times))]
+    return row | {"length": length, "positions": positions, "seconds_per_token": times}
+
+
+def _pass_times(
+    case: GeneratorCase, mixer: str, segment: jax.stages.Compiled, *, length: int, repeats: int
+) -> list[list[float]]:
+    """Seconds of each segment, for each pass; a first pass warms up and does not count."""
+    config = case.model(mixer)
+    prepared = jax.jit(lambda: _make_prepared(config))()
+    begin = jax.jit(functools.partial(_begin_along, case, config))
     passes = []
     for _ in range(repeats + 1):
-        tokens, cache = jax.block_until_ready(begin(prepared, labels))
+        _, tokens, cache = jax.block_until_ready(begin(prepared))
         times = []
         for _ in range(case.tokens // length):
             since = time.perf_counter()

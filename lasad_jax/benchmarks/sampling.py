@@ -117,12 +117,14 @@ def main() -> None:
     print(f"{found.header()}\nguidance {decoding.GUIDANCE}; LlamaGen: {llamagen.SOURCE}")
 
     shown = [*cases, *(_shrunk(along) if along else ())]
-    drawings = compile_all(
-        {
-            (case, mixer): functools.partial(sample_rows.lower_drawing, case, mixer)
-            for case, mixer in itertools.product(dict.fromkeys(shown), mixers)
-        }
-    )
+    programs = {
+        (case, mixer): functools.partial(sample_rows.lower_drawing, case, mixer)
+        for case, mixer in itertools.product(dict.fromkeys(shown), mixers)
+    }
+    for mixer in mixers if along else ():
+        segment = functools.partial(sample_rows.lower_along, along, mixer, _segment(along))
+        programs["along", mixer] = segment
+    programs = compile_all(programs)
     print("\n" + head(COLUMNS))
     for case in cases:
         baseline = {}
@@ -130,7 +132,7 @@ def main() -> None:
             row = sample_rows.time_row(
                 case,
                 mixer,
-                drawings[case, mixer],
+                programs[case, mixer],
                 bytes_per_second=found.bytes_per_second,
                 how=found.how,
             )
@@ -141,7 +143,7 @@ def main() -> None:
             found.add("rows", row)
             print(row_line(row, COLUMNS), flush=True)
     if along:
-        _print_along(found, along, mixers, drawings)
+        _print_along(found, along, mixers, programs)
     if _AGREEMENT.value:
         print("\ntotal variation of codes drawn\n" + head(AGREEMENT_COLUMNS))
     for mixer in mixers if _AGREEMENT.value else ():
@@ -150,29 +152,36 @@ def main() -> None:
         print(row_line(row, AGREEMENT_COLUMNS), flush=True)
 
 
+def _segment(case: GeneratorCase) -> int:
+    """Tokens that are timed together."""
+    return max(1, case.tokens // _SEGMENTS)
+
+
 def _shrunk(case: GeneratorCase) -> list[GeneratorCase]:
     """The same on grids of growing sides."""
     return [case.shrunk(part, _LENGTHS) for part in range(1, _LENGTHS + 1)]
 
 
 def _print_along(
-    found: results.Results, case: GeneratorCase, mixers: list[str], drawings: dict
+    found: results.Results, case: GeneratorCase, mixers: list[str], programs: dict
 ) -> None:
     """Time along the sequence and memory over its length, printed and drawn."""
-    length = max(1, case.tokens // _SEGMENTS)
+    length = _segment(case)
     positions = [length * i for i in range(case.tokens // length)]
     # A handful of places and the last; the file has all.
     shown = [*positions[:: -(-len(positions) // _SHOWN)], positions[-1]]
     columns = _along_columns(list(dict.fromkeys(shown)))
     print(f"\nmicroseconds per token of {case}, along the sequence\n" + head(columns))
     for mixer in mixers:
-        row = sample_rows.along_row(case, mixer, length=length, repeats=found.how["repeats"])
+        row = sample_rows.along_row(
+            case, mixer, programs["along", mixer], length=length, repeats=found.how["repeats"]
+        )
         found.add("along", row)
         print(row_line(row, columns), flush=True)
 
     print("\nmemory of drawing images of growing sides\n" + head(MEMORY_COLUMNS))
     for mixer, shrunk in itertools.product(mixers, _shrunk(case)):
-        row = sample_rows.memory_row(shrunk, mixer, drawings[shrunk, mixer])
+        row = sample_rows.memory_row(shrunk, mixer, programs[shrunk, mixer])
         found.add("memory", row)
         print(row_line(row, MEMORY_COLUMNS), flush=True)
     with found.picture() as file:

@@ -1,14 +1,14 @@
 """One token at a time, as fast as it goes: `LASADGen.decode_step` over prepared weights.
 
     weights = prepare(config, params)
-    logits, cache = model.apply(..., method="prefill")
-    cache = start(config, cache)
+    logits, cache = prefill(config, params, labels, tokens)
     logits, cache = decode(config, weights, tokens, cache)   # as often as there are codes
 
 Layers are a tuple, not a stacked array, and their loop is unrolled: inside a scan over
 tokens every cache is then updated in place, and no weight is cast, sliced or copied.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -25,15 +25,16 @@ from lasad_jax.models.decoder_products import (
     swiglu,
 )
 from lasad_jax.models.decoder_weights import LayerWeights, Weights, prepare
+from lasad_jax.models.generator import LASADGen
 from lasad_jax.models.layers import NORM_EPSILON
 from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.models.mixers import FAMILIES
 from lasad_jax.models.rope import turn
 from lasad_jax.ops.kernels import choice
-from lasad_jax.ops.passes.local_conv import TAPS, neighbour
+from lasad_jax.ops.passes.local_conv import TAPS, next_token
 from lasad_jax.ops.ring import Ring, ring_step, start_ring
 
-__all__ = ["IMPLEMENTATIONS", "Cache", "decode", "prepare", "start"]
+__all__ = ["IMPLEMENTATIONS", "Cache", "decode", "prefill", "prepare", "start"]
 
 IMPLEMENTATIONS = ("auto", "xla", "triton")
 
@@ -63,6 +64,17 @@ class Cache:
 
     index: Int[Array, ""]
     layers: tuple[LASADLayer | SoftmaxLayer, ...]
+
+
+def prefill(
+    config: ModelConfig, params: PyTree, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
+) -> tuple[Float[Array, "B V"], Cache]:
+    """`LASADGen.prefill`: logits after the label and the first n codes, and the cache."""
+    # Layers in a loop, unlike in training: nothing is stored for a backward pass, and a deep
+    # model compiles in a fraction of the time.
+    model = LASADGen(dataclasses.replace(config, unroll=1))
+    logits, cache = model.apply({"params": params}, labels, tokens, method="prefill")
+    return logits, start(config, cache)
 
 
 def start(config: ModelConfig, cache: PyTree) -> Cache:
@@ -168,6 +180,7 @@ def _lasad(form, config, fused, weights, layer, x, cache, index):
 
 
 def _norm_conv(form, config, layer, x, recent, index):
+    """RMSNorm, then the local convolution of one token, and the ring of its newest inputs."""
     if form == "triton":
         from lasad_jax.ops.kernels import decode_triton
 
@@ -180,26 +193,9 @@ def _norm_conv(form, config, layer, x, recent, index):
             columns=config.grid[1],
             epsilon=NORM_EPSILON,
         )
-    return norm_conv(config, layer, x, recent, index)
-
-
-def norm_conv(
-    config: ModelConfig,
-    layer: LayerWeights,
-    x: Float[Array, "B D"],
-    recent: Float[Array, "B W D"],
-    index: Int[Array, ""],
-) -> tuple[Float[Array, "B D"], Float[Array, "B W D"]]:
-    """RMSNorm, then the local convolution of one token, and the ring of its newest inputs."""
-    x = normalise(x)
-    window, columns = recent.shape[1], config.grid[1]
-    places = [neighbour(index, tap, columns, NUM_PREFIX) for tap in range(len(TAPS))]
-    source, exists = (jnp.stack(parts) for parts in zip(*places, strict=True))
-    neighbours = jnp.take(recent, source % window, axis=1).at[:, 0].set(x)
-    kernel = (layer.conv * exists[:, None]).astype(x.dtype)
-    y = x + jnp.einsum("btd,td->bd", neighbours, kernel)
-    recent = jax.lax.dynamic_update_slice_in_dim(recent, x[:, None], index % window, axis=1)
-    return y, recent
+    return next_token(
+        normalise(x), recent, index, layer.conv, columns=config.grid[1], num_prefix=NUM_PREFIX
+    )
 
 
 def mix(

@@ -1,7 +1,5 @@
 """The generator's parameters as decoding wants them: cast, fused and split by layer once."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -9,7 +7,7 @@ from jaxtyping import Array, Float, PyTree
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.mixers import FAMILIES
+from lasad_jax.models.mixers import decay_of
 from lasad_jax.models.rope import turn_table
 from lasad_jax.ops.kernels.decode_tiling import interleave
 
@@ -103,7 +101,7 @@ def _layer(config: ModelConfig, params: PyTree, matrix, exact) -> LayerWeights:
 
     decay = log_factor = None
     if lasad:
-        decay = decay_of(config, mixer)
+        decay = decay_of(config, lambda name: exact(mixer[name]))
         if config.decay != "manhattan":
             places = jnp.arange(config.num_tokens)
             log_factor = decay.step_log_factor(places, config.grid)
@@ -121,10 +119,3 @@ def _layer(config: ModelConfig, params: PyTree, matrix, exact) -> LayerWeights:
         gate_up=interleave(*(kernel(ffn[name], "ffn_norm") for name in ("gate", "up"))),
         down=matrix(ffn["down"]["kernel"]),
     )
-
-
-def decay_of(config: ModelConfig, mixer: PyTree) -> ops.Decay:
-    """The decay with the rates that the parameters of a mixer hold."""
-    family = FAMILIES[config.decay]
-    rate = lambda name: jax.nn.softplus(jnp.asarray(mixer[name], jnp.float32))
-    return family(**{field.name: rate(field.name) for field in dataclasses.fields(family)})

@@ -6,10 +6,11 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.layers import AddNorm, Embedding, FeedForward, Kernel, product
+from lasad_jax.models.layers import AddNorm, Embedding, FeedForward, Kernel
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS
 from lasad_jax.ops.keep import keep_policy
 from lasad_jax.ops.kernels.choice import device
+from lasad_jax.ops.product import product
 
 _REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,

@@ -12,6 +12,7 @@ from lasad_jax.ops.keep import keep
 from lasad_jax.ops.passes.add_norm import add_norm
 from lasad_jax.ops.passes.dropout import token_seeds
 from lasad_jax.ops.passes.gated_products import swiglu_product
+from lasad_jax.ops.product import product
 
 NORM_EPSILON = 1e-5
 _ONE_HOT_UP_TO = 1024
@@ -51,19 +52,6 @@ class Kernel(nn.Module):
         if scale is not None:
             kernel = kernel * scale.reshape(*scale.shape, *(1,) * (kernel.ndim - scale.ndim))
         return kernel.astype(self.config.compute_dtype)
-
-
-def product(
-    x: Float[Array, "*lead_contracted"], kernel: Float[Array, "*contracted_features"], num: int = 1
-) -> Float[Array, "*lead_features"]:
-    """x's last `num` axes with the kernel's first, as a product of two matrices: of more axes
-    XLA would transpose whole activations in memory for the kernel's gradient."""
-    lead = x.shape[: x.ndim - num]
-    matrix = kernel.reshape(-1, *kernel.shape[num:])
-    y = jax.lax.dot_general(
-        x.astype(kernel.dtype).reshape(-1, matrix.shape[0]), matrix, (((1,), (0,)), ((), ()))
-    )
-    return keep(y.reshape(*lead, *kernel.shape[num:]))
 
 
 class Embedding(nn.Module):
@@ -109,8 +97,7 @@ class Scale(nn.Module):
 
     @nn.compact
     def __call__(self) -> Float[Array, "*shape"]:
-        init = nn.with_logical_partitioning(nn.initializers.ones, self.axes)
-        return self.param("scale", init, self.shape, jnp.dtype(self.config.param_dtype))
+        return _scale(self, self.shape, self.axes)
 
 
 class AddNorm(nn.Module):
@@ -141,9 +128,13 @@ class AddNorm(nn.Module):
             implementation=passes(config),
             batch_axes=mesh_axes("batch", x.shape[0]),
         )
-        scale = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-        scale = self.param("scale", scale, (config.width,), jnp.dtype(config.param_dtype))
-        return x, (y, scale)
+        return x, (y, _scale(self, (config.width,), ("embed",)))
+
+
+def _scale(module: Scale | AddNorm, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
+    """A norm's parameter."""
+    init = nn.with_logical_partitioning(nn.initializers.ones, axes)
+    return module.param("scale", init, shape, jnp.dtype(module.config.param_dtype))
 
 
 class FeedForward(nn.Module):
@@ -159,7 +150,7 @@ class FeedForward(nn.Module):
         shape, axes = (self.config.width, ffn_width(self.config)), ("embed", "mlp")
         kernels = [Kernel(self.config, shape, axes, name=name)(scale) for name in ("gate", "up")]
         # Side by side on an axis of their own, which leaves that of "mlp" to be split over a mesh.
-        gate_up = product(x, jnp.stack(kernels, axis=1))
+        gate_up = keep(product(x, jnp.stack(kernels, axis=1)))
         return swiglu_product(
             gate_up,
             Kernel(self.config, shape[::-1], axes[::-1], name="down")(),

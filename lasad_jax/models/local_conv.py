@@ -1,6 +1,5 @@
 """Causal 3x3 depthwise convolution on the grid: what a token's own neighbourhood tells it."""
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
@@ -8,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.layers import normal_init
 from lasad_jax.models.operator import mesh_axes, passes
-from lasad_jax.ops.passes.local_conv import TAPS, local_conv, neighbour
+from lasad_jax.ops.passes.local_conv import TAPS, local_conv, next_token
 
 NUM_PREFIX = 1
 
@@ -27,7 +26,6 @@ class LocalConv(nn.Module):
         x: Float[Array, "B N D"],
         recent: Float[Array, "B W D"] | None = None,
         index: Int[Array, ""] | int = 0,
-        factor: Float[Array, "B N"] | None = None,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "B W D"] | None]:
         """Convolves a sequence from its start, or one token after those in `recent`.
 
@@ -36,8 +34,6 @@ class LocalConv(nn.Module):
           recent: ring of the W = C + 1 newest inputs, slot i % W for token i; None where
             nothing will follow.
           index: number of tokens before x.
-          factor: scale of each token, as of a norm, float32; None is 1. `recent` holds tokens
-            that have been scaled.
 
         Returns:
           the convolved tokens and the ring after them.
@@ -46,11 +42,13 @@ class LocalConv(nn.Module):
         init = nn.with_logical_partitioning(normal_init, ("taps", "embed"))
         kernel = self.param("kernel", init, (len(TAPS), x.shape[-1]), config.param_dtype)
         if num_tokens == 1 and recent is not None:
-            return self._one_token(_scaled(x, factor), recent, index, kernel)
+            y, recent = next_token(
+                x[:, 0], recent, index, kernel, columns=config.grid[1], num_prefix=NUM_PREFIX
+            )
+            return y[:, None], recent
 
         y = local_conv(
             x,
-            factor,
             kernel,
             grid=config.grid,
             num_prefix=NUM_PREFIX,
@@ -59,23 +57,5 @@ class LocalConv(nn.Module):
         )
         if recent is not None:
             kept = jnp.arange(max(0, num_tokens - recent.shape[1]), num_tokens)
-            x = _scaled(x[:, kept], None if factor is None else factor[:, kept])
-            recent = recent.at[:, kept % recent.shape[1]].set(x)
+            recent = recent.at[:, kept % recent.shape[1]].set(x[:, kept])
         return y, recent
-
-    def _one_token(self, x, recent, index, kernel):
-        columns, window = self.config.grid[1], recent.shape[1]
-        places = [
-            neighbour(jnp.asarray(index), tap, columns, NUM_PREFIX) for tap in range(len(TAPS))
-        ]
-        source, exists = (jnp.stack(parts) for parts in zip(*places, strict=True))
-        weights = (kernel * exists[:, None]).astype(x.dtype)
-        neighbours = jnp.take(recent, source % window, axis=1)
-        neighbours = neighbours.at[:, 0].set(x[:, 0])
-        y = x + jnp.einsum("btd,td->bd", neighbours, weights)[:, None]
-        slot = index % window
-        return y, jax.lax.dynamic_update_slice_in_dim(recent, x, slot, axis=1)
-
-
-def _scaled(x: Float[Array, "B N D"], factor: Float[Array, "B N"] | None) -> Float[Array, "B N D"]:
-    return x if factor is None else (x * factor[..., None]).astype(x.dtype)

@@ -5,6 +5,9 @@ token that comes next, as `AddNorm` returns them; it returns its output and the 
 it.
 """
 
+import dataclasses
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,13 +16,14 @@ from jaxtyping import Array, Float, Int
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.layers import NORM_EPSILON, Kernel, Scale, product
+from lasad_jax.models.layers import NORM_EPSILON, Kernel, Scale
 from lasad_jax.models.local_conv import NUM_PREFIX, LocalConv
 from lasad_jax.models.operator import linear_attention, mesh_axes, passes
 from lasad_jax.models.rope import rotate, turns
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.passes.gated_products import gated_heads_product
 from lasad_jax.ops.passes.split_heads import split_heads
+from lasad_jax.ops.product import product
 
 _HEADS = ("embed", "heads", "head_dim")
 _OUT = ("heads", "head_dim", "embed")
@@ -162,23 +166,28 @@ class LASADMixer(nn.Module):
             gate, bias = DecayGate(config, shape, _HEADS[:2], name="decay_gate")(scale)
             kernels.append(jnp.pad(gate[..., None], ((0, 0), (0, 0), (0, _ALIGNMENT - 1))))
         # Joined within each head, so that heads can still be split over a mesh.
-        return product(x, jnp.concatenate(kernels, axis=-1)), bias
+        return keep(product(x, jnp.concatenate(kernels, axis=-1))), bias
 
     def _decay(self) -> ops.Decay:
         rows, columns = self.config.grid
-        longest = {
-            "none": {},
-            "sequence": {"rate": rows * columns},
-            "raster": {"row_rate": rows, "column_rate": rows * columns},
-            "manhattan": {"row_rate": rows, "column_rate": columns},
-        }[self.config.decay]
-        rates = {
-            name: jax.nn.softplus(
-                self.param(name, _half_life_init(steps), (self.config.num_heads,), jnp.float32)
-            )
-            for name, steps in longest.items()
-        }
-        return FAMILIES[self.config.decay](**rates)
+        tokens = rows * columns
+        longest = {"rate": tokens, "row_rate": rows, "column_rate": tokens}
+        if self.config.decay == "manhattan":
+            longest["column_rate"] = columns
+        shape = (self.config.num_heads,)
+        return decay_of(
+            self.config,
+            lambda name: self.param(name, _half_life_init(longest[name]), shape, jnp.float32),
+        )
+
+
+def decay_of(
+    config: ModelConfig, parameter: Callable[[str], Float[Array, "*layers H"]]
+) -> ops.Decay:
+    """The decay with the rates whose parameters `parameter` finds by name."""
+    family = FAMILIES[config.decay]
+    names = (field.name for field in dataclasses.fields(family))
+    return family(**{name: jax.nn.softplus(parameter(name)) for name in names})
 
 
 def init_lasad_cache(config: ModelConfig, batch: int) -> LASADCache:
@@ -210,7 +219,7 @@ class SoftmaxMixer(nn.Module):
         config = self.config
         shape = (config.width, config.num_heads, config.value_dim)
         kernels = (Kernel(config, shape, _HEADS, name=name)(scale) for name in ("q", "k", "v"))
-        q, k, v = (product(x, kernel) for kernel in kernels)
+        q, k, v = (keep(product(x, kernel)) for kernel in kernels)
         index = 0 if cache is None else cache.index
         if config.rope:
             table = turns(config.grid, config.query_dim, index, x.shape[1], prefix_scale=0.0)
@@ -227,7 +236,7 @@ class SoftmaxMixer(nn.Module):
             cache = SoftmaxCache(k, v, index + x.shape[1])
             seen = index + jnp.arange(x.shape[1])[:, None] >= jnp.arange(k.shape[1])
             out = jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
-        out = product(out, Kernel(config, _out_shape(config), _OUT, name="out")(), 2)
+        out = keep(product(out, Kernel(config, _out_shape(config), _OUT, name="out")(), 2))
         return out, cache
 
 

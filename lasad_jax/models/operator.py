@@ -62,11 +62,20 @@ def mesh_axes(name: str, size: int) -> str | tuple[str, ...] | None:
 
     None without a mesh, and where the axes do not divide the size: then all have all of it.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    if jax.sharding.get_abstract_mesh().empty:
+        return None
     (axes,) = nn.logical_to_mesh_axes((name,))
+    return axes if size % _num_devices(axes) == 0 else None
+
+
+def num_devices(name: str, size: int) -> int:
+    """How many devices of the current mesh a logical axis of this size is split over."""
+    return _num_devices(mesh_axes(name, size))
+
+
+def _num_devices(axes: str | tuple[str, ...] | None) -> int:
     names = (axes,) if isinstance(axes, str) else axes or ()
-    divides = not mesh.empty and size % math.prod(mesh.shape[name] for name in names) == 0
-    return axes if divides else None
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
 
 
 def passes(config: ModelConfig) -> str:

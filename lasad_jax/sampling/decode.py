@@ -14,7 +14,6 @@ from lasad_jax.config import SamplingConfig
 from lasad_jax.models import decoder
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.decoder import Weights
-from lasad_jax.models.generator import LASADGen
 from lasad_jax.sampling.filters import draw
 from lasad_jax.sampling.guidance import guidance_scale, guide
 from lasad_jax.training.sharding import replicated
@@ -42,7 +41,7 @@ def generate(
     Returns:
       all N = R * C codes of each image.
     """
-    model, num_tokens = LASADGen(model_config), model_config.num_tokens
+    num_tokens = model_config.num_tokens
     num_given, guided = given.shape[1], sampling.guidance != 1
     # Guidance runs both halves as one batch: first with the class, then without.
     double = lambda x: jnp.concatenate([x, x]) if guided else x
@@ -65,8 +64,7 @@ def generate(
 
     if num_given == num_tokens:
         return given
-    logits, cache = model.apply({"params": params}, all_labels, double(given), method="prefill")
-    carry = logits, decoder.start(model_config, cache)
+    carry = decoder.prefill(model_config, params, all_labels, double(given))
     (logits, _), drawn = jax.lax.scan(next_token, carry, jnp.arange(num_given, num_tokens - 1))
     final = choose(logits, jnp.asarray(num_tokens - 1))
     return jnp.concatenate([given, drawn.T, final[:, None]], axis=1)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lasad_jax.models.operator import mesh_axes
+from lasad_jax.models.operator import mesh_axes, num_devices
 from lasad_jax.ops.numerics import accumulator
 from lasad_jax.ops.passes.row_losses import row_losses
 
@@ -69,7 +69,7 @@ mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
 
 def _parts(num_images: int, num_tokens: int, vocab_size: int) -> list[slice]:
     """Slices of the token axis: no image is moved to another device, as of the batch axis."""
-    devices = _devices("batch", num_images) * _devices("vocab", vocab_size)
+    devices = num_devices("batch", num_images) * num_devices("vocab", vocab_size)
     count = math.ceil(num_images * num_tokens * vocab_size / (devices * _MAX_LOGITS))
     size = math.ceil(num_tokens / min(num_tokens, count))
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
@@ -84,7 +84,7 @@ def _losses(
     """Losses of some tokens and their gradients with respect to the logits."""
     logits = _split((_matrix(x) @ weights).reshape(*tokens.shape, -1))
     # The kernel takes whole rows; XLA's own operations add up over those that are split.
-    split = _devices("vocab", logits.shape[-1]) > 1
+    split = num_devices("vocab", logits.shape[-1]) > 1
     return row_losses(
         logits,
         tokens,
@@ -105,10 +105,3 @@ def _split(logits: Float[Array, "B n V"]) -> Float[Array, "B n V"]:
 
 def _matrix(x: Float[Array, "B n D"]) -> Float[Array, "M D"]:
     return x.reshape(-1, x.shape[-1])
-
-
-def _devices(name: str, size: int) -> int:
-    """How many devices of the current mesh a logical axis of this size is split over."""
-    axes = mesh_axes(name, size)
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)

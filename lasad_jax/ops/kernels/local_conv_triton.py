@@ -37,7 +37,6 @@ class Tiling:
 
 def forward(
     x: Float[Array, "B N D"],
-    factor: Float[Array, "B N"] | None,
     kernel: Float[Array, "taps D"],
     *,
     columns: int,
@@ -49,7 +48,7 @@ def forward(
 
     Args:
       x: bf16, float16 or float32.
-      factor, kernel: float32; a factor of None is 1.
+      kernel: float32.
       columns: C.
       num_prefix: P.
       tiling: instead of the one that suits the arguments.
@@ -59,24 +58,23 @@ def forward(
       y in x's dtype.
     """
     tiling = tiling or _tiling(x)
-    image, per_token, taps, _ = _specs(x, tiling)
+    image, taps, _ = _specs(x, tiling)
     this = functools.partial(_Program.this, x, columns, num_prefix, tiling, interpret)
     return pl.pallas_call(
         functools.partial(_forward_kernel, this=this),
         grid=_programs(x, tiling),
-        in_specs=[image, None if factor is None else per_token, taps],
+        in_specs=[image, taps],
         out_specs=image,
         out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
         compiler_params=_compiler_params(tiling),
         interpret=interpret,
         name="local_conv_forward",
-    )(x, factor, kernel)
+    )(x, kernel)
 
 
 def backward(
     d_y: Float[Array, "B N D"],
     x: Float[Array, "B N D"],
-    factor: Float[Array, "B N"] | None,
     kernel: Float[Array, "taps D"],
     *,
     columns: int,
@@ -84,7 +82,7 @@ def backward(
     tiling: Tiling | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B Z taps D"]]:
-    """Gradients with respect to x * factor, and to the kernel from each part of each image.
+    """Gradients with respect to x, and to the kernel from each part of each image.
 
     Args:
       d_y: the gradient with respect to y, in x's dtype.
@@ -92,16 +90,16 @@ def backward(
     The other arguments are `forward`'s.
 
     Returns:
-      d_z in x's dtype; in float32 the parts of the kernel's gradient, for the caller to add.
+      d_x in x's dtype; in float32 the parts of the kernel's gradient, for the caller to add.
     """
     tiling = tiling or _tiling(x)
-    image, per_token, taps, part = _specs(x, tiling)
+    image, taps, part = _specs(x, tiling)
     this = functools.partial(_Program.this, x, columns, num_prefix, tiling, interpret)
     parts = (x.shape[0], tiling.segments, *kernel.shape)
     return pl.pallas_call(
         functools.partial(_backward_kernel, this=this),
         grid=_programs(x, tiling),
-        in_specs=[image, image, None if factor is None else per_token, taps],
+        in_specs=[image, image, taps],
         out_specs=[image, part],
         out_shape=[
             jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -110,7 +108,7 @@ def backward(
         compiler_params=_compiler_params(tiling),
         interpret=interpret,
         name="local_conv_backward",
-    )(d_y, x, factor, kernel)
+    )(d_y, x, kernel)
 
 
 def _tiling(x: Float[Array, "B N D"]) -> Tiling:
@@ -130,11 +128,10 @@ def _programs(x, tiling: Tiling) -> tuple[int, int, int]:
 
 
 def _specs(x, tiling: Tiling):
-    """What a program sees of tokens, of numbers for each token, of weights, and of their sums."""
+    """What a program sees of tokens, of weights, and of their sums."""
     num_tokens, channels = x.shape[1], tiling.channels
     return (
         pl.BlockSpec((None, num_tokens, channels), lambda j, z, i: (i, 0, j)),
-        pl.BlockSpec((None, num_tokens), lambda j, z, i: (i, 0)),
         pl.BlockSpec((len(TAPS), channels), lambda j, z, i: (0, j)),
         pl.BlockSpec((None, None, len(TAPS), channels), lambda j, z, i: (i, z, 0, j)),
     )
@@ -190,12 +187,6 @@ class _Program:
         window = ref.at[tokens[:, None], jnp.arange(self.tiling.channels)[None]]
         return plgpu.load(window, mask=self._mask(exists), other=0.0).astype(jnp.float32)
 
-    def load_scaled(self, x_ref, factor_ref, tokens, exists) -> Float[Array, "T W"]:
-        x = self.load(x_ref, tokens, exists)
-        if factor_ref is None:
-            return x
-        return x * plgpu.load(factor_ref.at[tokens], mask=exists, other=0.0)[:, None]
-
     def store(self, ref, tile, x: Float[Array, "T W"]) -> None:
         window = ref.at[pl.ds(self.start + tile * self.tiling.tokens, self.tiling.tokens), :]
         exists = self.tokens(tile) < self.num_tokens
@@ -237,7 +228,7 @@ class _Program:
         return jnp.broadcast_to(mask, (self.tiling.tokens, self.tiling.channels))
 
 
-def _forward_kernel(x_ref, factor_ref, kernel_ref, y_ref, *, this):
+def _forward_kernel(x_ref, kernel_ref, y_ref, *, this):
     program = this()
     weights, zeros = program.weights(kernel_ref), program.zeros()
 
@@ -245,27 +236,27 @@ def _forward_kernel(x_ref, factor_ref, kernel_ref, y_ref, *, this):
         tokens = program.tokens(tile)
         y = zeros
         for tap, weight in enumerate(weights):
-            z = program.load_scaled(x_ref, factor_ref, *program.neighbours(tokens, tap))
-            y = program.fma(weight, z, y)
+            x = program.load(x_ref, *program.neighbours(tokens, tap))
+            y = program.fma(weight, x, y)
         program.store(y_ref, tile, y)
 
     lax.fori_loop(0, program.num_tiles, one_tile, None)
 
 
-def _backward_kernel(dy_ref, x_ref, factor_ref, kernel_ref, dz_ref, parts_ref, *, this):
+def _backward_kernel(dy_ref, x_ref, kernel_ref, dx_ref, parts_ref, *, this):
     program = this()
     weights, zeros = program.weights(kernel_ref), program.zeros()
 
     def one_tile(tile, sums):
         tokens = program.tokens(tile)
-        z = program.load_scaled(x_ref, factor_ref, tokens, tokens < program.num_tokens)
-        d_z, new_sums = zeros, []
+        x = program.load(x_ref, tokens, tokens < program.num_tokens)
+        d_x, new_sums = zeros, []
         for tap, (weight, total) in enumerate(zip(weights, sums, strict=True)):
-            # Of the tokens that read z: one load serves both gradients.
+            # Of the tokens that read x: one load serves both gradients.
             d_y = program.load(dy_ref, *program.neighbours(tokens, tap, later=True))
-            d_z = program.fma(weight, d_y, d_z)
-            new_sums.append(program.fma(z, d_y, total))
-        program.store(dz_ref, tile, d_z)
+            d_x = program.fma(weight, d_y, d_x)
+            new_sums.append(program.fma(x, d_y, total))
+        program.store(dx_ref, tile, d_x)
         return new_sums
 
     sums = lax.fori_loop(0, program.num_tiles, one_tile, [zeros] * len(TAPS))

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.numerics import accumulator, wide
+from lasad_jax.ops.product import product
 
 Axes = str | tuple[str, ...] | None
 
@@ -125,7 +126,7 @@ def fused(
     All products are of two matrices: of more axes XLA would transpose whole activations in
     memory.
     """
-    return _product(forward(*inputs), kernel)
+    return product(forward(*inputs), kernel, kernel.ndim - 1)
 
 
 def _fused_forward(inputs, kernel, forward, backward):
@@ -134,7 +135,7 @@ def _fused_forward(inputs, kernel, forward, backward):
 
 def _fused_backward(forward, backward, residuals, d_out):
     (inputs, kernel), lead = residuals, d_out.shape[:2]
-    matrix, d_out = _matrix(kernel), d_out.reshape(-1, d_out.shape[-1])
+    matrix, d_out = kernel.reshape(-1, kernel.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
     d_h = jax.lax.dot_general(d_out, matrix, (((1,), (1,)), ((), ())))
     *d_inputs, h = backward(*inputs, d_h.reshape(*lead, *kernel.shape[:-1]))
     d_kernel = jax.lax.dot_general(
@@ -149,18 +150,8 @@ def _fused_backward(forward, backward, residuals, d_out):
 fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _product(h: Float[Array, "B N *contracted"], kernel: Float[Array, "*contracted D"]):
-    matrix = _matrix(kernel)
-    out = h.reshape(-1, matrix.shape[0]) @ matrix
-    return out.reshape(*h.shape[:2], matrix.shape[1])
-
-
 def _plain_product(h, kernel):
-    return keep(_product(h.astype(kernel.dtype), kernel))
-
-
-def _matrix(kernel: Float[Array, "*contracted D"]) -> Float[Array, "K D"]:
-    return kernel.reshape(-1, kernel.shape[-1])
+    return keep(product(h, kernel, kernel.ndim - 1))
 
 
 def _swiglu(gate_up: Float[Array, "B N 2 F"]) -> Float[Array, "B N F"]:

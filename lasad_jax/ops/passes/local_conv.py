@@ -1,9 +1,8 @@
 """The causal 3x3 depthwise convolution on the grid, plain and with fused kernels.
 
-    y[n] = z[n] + sum over taps t of  kernel[t] * z[the token at tap t of n],  z = factor * x
+    y[n] = x[n] + sum over taps t of  kernel[t] * x[the token at tap t of n]
 
-z is never stored: it, the sum and its gradients are float32 (or wider, as x is) until they are
-rounded once.
+The sum and its gradients are float32 (or wider, as x is) until they are rounded once.
 """
 
 import functools
@@ -48,9 +47,38 @@ def neighbour(
     return source, exists
 
 
+def next_token(
+    x: Float[Array, "B D"],
+    recent: Float[Array, "B W D"],
+    index: Int[Array, ""],
+    kernel: Float[Array, "taps D"],
+    *,
+    columns: int,
+    num_prefix: int = 1,
+) -> tuple[Float[Array, "B D"], Float[Array, "B W D"]]:
+    """Convolves the token after `index` others.
+
+    Args:
+      x: the token.
+      recent: ring of the W = C + 1 newest inputs, slot i % W for token i.
+      index: its number in the sequence, the prefix counted.
+      kernel: a weight for each of `TAPS` and each channel.
+      columns: C.
+      num_prefix: P.
+
+    Returns:
+      y in x's dtype and the ring with x in it.
+    """
+    window = recent.shape[1]
+    places = [neighbour(jnp.asarray(index), tap, columns, num_prefix) for tap in range(len(TAPS))]
+    source, exists = (jnp.stack(parts) for parts in zip(*places, strict=True))
+    neighbours = jnp.take(recent, source % window, axis=1).at[:, 0].set(x)
+    y = x + jnp.einsum("btd,td->bd", neighbours, (kernel * exists[:, None]).astype(x.dtype))
+    return y, jax.lax.dynamic_update_slice_in_dim(recent, x[:, None], index % window, axis=1)
+
+
 def local_conv(
     x: Float[Array, "B N D"],
-    factor: Float[Array, "B N"] | None,
     kernel: Float[Array, "taps D"],
     *,
     grid: tuple[int, int],
@@ -62,7 +90,6 @@ def local_conv(
 
     Args:
       x: tokens in raster order, the prefix first.
-      factor: scale of each token, as of a norm; None is 1.
       kernel: a weight for each of `TAPS` and each channel.
       grid: rows and columns (R, C).
       num_prefix: P.
@@ -75,19 +102,19 @@ def local_conv(
     Raises:
       ValueError: if shapes or options do not fit, or "triton" cannot run.
     """
-    _check(x, factor, kernel, grid, num_prefix)
+    _check(x, kernel, grid, num_prefix)
     columns = grid[1]
     if not choice.prefers_triton(x, implementation):
-        return _plain(x, factor, kernel, columns, num_prefix)
+        return _plain(x, kernel, columns, num_prefix)
     forward, backward = kernels(columns=columns, num_prefix=num_prefix)
     if not jax.sharding.get_abstract_mesh().empty:
         images, all_ = PartitionSpec(batch_axes), PartitionSpec()
         # The parts of the kernel's gradient stay with their images: their sum, outside, is the
         # only communication.
         split = functools.partial(jax.shard_map, out_specs=images, check_vma=False)
-        forward = split(forward, in_specs=(images, images, all_))
-        backward = split(backward, in_specs=(images, images, images, all_))
-    return fused(x, factor, kernel, forward, backward)
+        forward = split(forward, in_specs=(images, all_))
+        backward = split(backward, in_specs=(images, images, all_))
+    return fused(x, kernel, forward, backward)
 
 
 def kernels(**options) -> tuple[Callable, Callable]:
@@ -97,66 +124,52 @@ def kernels(**options) -> tuple[Callable, Callable]:
     return tuple(functools.partial(way, **options) for way in (module.forward, module.backward))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def fused(
     x: Float[Array, "B N D"],
-    factor: Float[Array, "B N"] | None,
     kernel: Float[Array, "taps D"],
     forward: Callable,
     backward: Callable,
 ) -> Float[Array, "B N D"]:
     """The convolution by one kernel each way, whose contracts are in `local_conv_triton`."""
-    return forward(x, _float32(factor), _float32(kernel))
+    return forward(x, kernel.astype(jnp.float32))
 
 
-def _fused_forward(x, factor, kernel, forward, backward):
-    return fused(x, factor, kernel, forward, backward), (x, factor, kernel)
+def _fused_forward(x, kernel, forward, backward):
+    return fused(x, kernel, forward, backward), (x, kernel)
 
 
 def _fused_backward(forward, backward, residuals, d_y):
-    x, factor, kernel = residuals
-    d_z, parts = backward(d_y, x, _float32(factor), _float32(kernel))
-    d_kernel = jnp.sum(parts, axis=(0, 1)).astype(kernel.dtype)
-    if factor is None:
-        return d_z, None, d_kernel
-    d_z = _float32(d_z)
-    d_factor = jnp.sum(d_z * x, axis=-1).astype(factor.dtype)
-    return (d_z * factor[..., None]).astype(x.dtype), d_factor, d_kernel
+    x, kernel = residuals
+    d_x, parts = backward(d_y, x, kernel.astype(jnp.float32))
+    return d_x, jnp.sum(parts, axis=(0, 1)).astype(kernel.dtype)
 
 
 fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _plain(x, factor, kernel, columns, num_prefix):
+def _plain(x, kernel, columns, num_prefix):
     """The same with XLA's own operations."""
-    num_tokens, z = x.shape[1], wide(x)
-    kernel = kernel.astype(z.dtype)
-    if factor is not None:
-        z *= factor[..., None].astype(z.dtype)
+    num_tokens, wide_x = x.shape[1], wide(x)
+    kernel = kernel.astype(wide_x.dtype)
     tokens = jnp.arange(num_tokens)
-    y = z
+    y = wide_x
     for tap, (down, right) in enumerate(TAPS):
         back = -down * columns - right
-        shifted = jnp.pad(z, [(0, 0), (back, 0), (0, 0)])[:, :num_tokens]
+        shifted = jnp.pad(wide_x, [(0, 0), (back, 0), (0, 0)])[:, :num_tokens]
         exists = neighbour(tokens, tap, columns, num_prefix)[1]
         y += shifted * jnp.where(exists[:, None], kernel[tap], 0.0)
     return y.astype(x.dtype)
 
 
-def _check(x, factor, kernel, grid, num_prefix):
+def _check(x, kernel, grid, num_prefix):
     longest = num_prefix + grid[0] * grid[1]
     if x.ndim != 3 or x.shape[1] > longest:
         raise ValueError(
             f"x: expected (B, N, D) with N up to {longest}, the {num_prefix} prefix tokens and "
             f"the grid {tuple(grid)}; got {x.shape}"
         )
-    if factor is not None and factor.shape != x.shape[:2]:
-        raise ValueError(f"factor: expected {x.shape[:2]}, one for each token; got {factor.shape}")
     if kernel.shape != (len(TAPS), x.shape[2]):
         raise ValueError(
             f"kernel: expected {(len(TAPS), x.shape[2])}, taps and channels; got {kernel.shape}"
         )
-
-
-def _float32(x: Array | None) -> Array | None:
-    return None if x is None else x.astype(jnp.float32)
