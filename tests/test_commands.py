@@ -1,19 +1,17 @@
 """The commands as a user types them, from training to a classifier's verdict; the README."""
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tiny import ROOT, environment
 
 from lasad_jax.config import DataConfig, build_config
 from lasad_jax.data.images import load_images
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 TRAIN = (
     "lasad_jax.train --config=configs/digits.py --config.steps=4 --config.sample_every=4 "
@@ -123,7 +121,7 @@ with install_import_hook(modules, "beartype.beartype"):
     from lasad_jax.training.state import init_state
     from lasad_jax.training.step import make_eval_step, make_train_step
 for changes in ({}, {"mixer": "softmax"}, {"decay": "manhattan", "selective": False}):
-    model = ModelConfig(vocab_size=7, num_classes=3, grid=(3, 4), num_layers=2, width=16,
+    model = ModelConfig(vocab_size=7, num_classes=3, grid=(3, 4), num_layers=1, width=16,
                         num_heads=2, **changes)
     config = Config(model=model, batch_size=4)
     mesh = make_mesh(config.mesh)
@@ -141,6 +139,6 @@ for changes in ({}, {"mixer": "softmax"}, {"decay": "manhattan", "selective": Fa
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "XLA_FLAGS": ""},
+        env=environment(1),
     )
     assert result.returncode == 0, result.stderr[-3000:]

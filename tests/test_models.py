@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from tiny import initial_parameters
 
 from lasad_jax.config import Config
 from lasad_jax.models import SIZES, LASADGen, ModelConfig, count_parameters
-from lasad_jax.models.generator import abstract_parameters, init_cache, init_parameters
+from lasad_jax.models.generator import abstract_parameters, init_cache
 from lasad_jax.models.local_conv import LocalConv
 from lasad_jax.models.rope import rotate, turns
 from lasad_jax.training.sharding import RULES, make_mesh
@@ -44,7 +45,7 @@ VARIANTS = [
 def tiny_model(seed=0, **changes):
     """A model whose every parameter is random, and a batch of codes and labels."""
     config = dataclasses.replace(TINY, **changes)
-    params = nn.unbox(init_parameters(config, jax.random.key(seed)))
+    params = initial_parameters(config, seed)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(lambda x: x + 0.3 * rng.standard_normal(x.shape, np.float32), params)
     tokens = rng.integers(0, config.vocab_size, (3, config.num_tokens))

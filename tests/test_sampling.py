@@ -13,7 +13,7 @@ from test_models import tiny_model
 from lasad_jax.config import MeshConfig, SamplingConfig
 from lasad_jax.models import LASADGen
 from lasad_jax.models.decoder import prepare
-from lasad_jax.sampling.decode import balanced_labels, sample_tokens
+from lasad_jax.sampling.decode import balanced_labels, generate, sample_tokens
 from lasad_jax.sampling.guidance import guidance_scale, guide
 from lasad_jax.training.sharding import make_mesh
 
@@ -65,7 +65,7 @@ def test_greedy_decoding_is_the_argmax_of_the_full_pass(changes):
 
 def test_images_depend_on_seed_and_number_alone():
     """Not on the batch size, nor on the number of devices."""
-    config, variables, _, _ = tiny_model()
+    config, variables, _, _ = tiny_model(num_layers=1)
     labels = balanced_labels(10, 3)
     run = lambda seed, mesh, batch_size: sample_tokens(
         config,
@@ -116,12 +116,11 @@ def test_bad_requests_are_refused(labels, given_codes, message):
 
 def test_decoding_memory_does_not_grow_with_length():
     """Temporary memory per token falls as the image gets taller: the state is all there is."""
-    from lasad_jax.sampling.decode import generate
+    tiny, variables, _, _ = tiny_model()
+    params, keys = variables["params"], jax.random.split(jax.random.key(0), 2)
 
     def temporary(rows):
-        config, variables, _, _ = tiny_model()
-        config = dataclasses.replace(config, grid=(rows, 5))
-        params, keys = variables["params"], jax.random.split(jax.random.key(0), 2)
+        config = dataclasses.replace(tiny, grid=(rows, 5))
         args = (params, prepare(config, params), jnp.zeros(2, int), keys)
         lowered = jax.jit(generate, static_argnums=(0, 6)).lower(
             config, *args, jnp.zeros((2, 0), jnp.int32), SamplingConfig()

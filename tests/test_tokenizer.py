@@ -63,15 +63,12 @@ def assert_same_codes_and_pixels(reference, variables, config, images):
     return codes
 
 
-@pytest.mark.parametrize(
-    ("config", "sizes"), [(VQ16, [(128, 160), (256, 256)]), (VQ8, [(128, 160)])]
-)
-def test_llamagen_tokenizers_agree_with_pytorch(tmp_path, config, sizes):
+@pytest.mark.parametrize(("config", "size"), [(VQ16, (256, 256)), (VQ8, (128, 160))])
+def test_llamagen_tokenizers_agree_with_pytorch(tmp_path, config, size):
     reference, variables = pair(config, tmp_path)
-    for size in sizes:
-        images = random_images(config, 1, *size)
-        codes = assert_same_codes_and_pixels(reference, variables, config, images)
-        assert len(codes.unique()) > 0.1 * codes.numel()
+    images = random_images(config, 1, *size)
+    codes = assert_same_codes_and_pixels(reference, variables, config, images)
+    assert len(codes.unique()) > 0.1 * codes.numel()
 
 
 @pytest.mark.parametrize(

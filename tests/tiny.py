@@ -1,5 +1,6 @@
 """A run of a few seconds; also a config file (--config=tests/tiny.py) for subprocesses."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,8 @@ from flax import linen as nn
 
 from lasad_jax.config import Config, build_config, default_config
 from lasad_jax.data import TokenExamples, images_to_tokens, load_images, train_batches
+from lasad_jax.models import ModelConfig
+from lasad_jax.models.generator import init_parameters
 from lasad_jax.training import sharding
 from lasad_jax.training.state import init_state
 from lasad_jax.training.step import make_train_step
@@ -40,6 +43,15 @@ def tiny_config(**overrides) -> Config:
     config = get_config()
     config.update(overrides)
     return build_config(config)
+
+
+_init = jax.jit(lambda *args: nn.unbox(init_parameters(*args)), static_argnums=0)
+_SHAPELESS = {"dropout": 0.0, "remat": "none", "unroll": 1, "dtype": "float32"}
+
+
+def initial_parameters(config: ModelConfig, seed: int):
+    """Without boxes; configurations that differ in nothing that shapes them share a program."""
+    return _init(dataclasses.replace(config, **_SHAPELESS), jax.random.key(seed))
 
 
 def tokens_and_labels(config: Config, split: str = "train"):
@@ -75,7 +87,6 @@ def command(*flags: str) -> list[str]:
 
 def environment(devices: int) -> dict[str, str]:
     """For a subprocess in ROOT; its compilation cache lies with the tests' own."""
-    # The second flag halves the time of compilation.
     xla_flags = (
         f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     )
