@@ -4,9 +4,6 @@ Each function is one launch, and writes only what a token changes: caches are up
 place. What depends on the token comes in as its number, so that one program serves all.
 """
 
-import dataclasses
-import math
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from lasad_jax.ops.kernels.triton_math import Instructions
 from lasad_jax.ops.kernels.triton_program import product
 from lasad_jax.ops.ring import NUM_RECENT, Ring
 
@@ -62,7 +60,7 @@ def mix(
     out = jax.ShapeDtypeStruct((batch, num_heads, value_dim), projection.dtype)
     tables = (log_factor, turns, gate_bias)
     dot = product(ring.recent_k.dtype, interpret)
-    functions = _Functions(interpret)
+    functions = Instructions(interpret)
     exp, rsqrt, silu, softplus = functions.exp, functions.rsqrt, functions.silu, functions.softplus
 
     def body(index_ref, ring_ref, projection_ref, table_refs, out_ref, new_ref):
@@ -266,45 +264,3 @@ def _swapped(x: Float[Array, "pairs 2"]) -> Float[Array, "pairs 2"]:
     side = jnp.arange(2)[None, :]
     first, second = (jnp.sum(jnp.where(side == i, x, -0.0), axis=1)[:, None] for i in range(2))
     return jnp.where(side == 0, second, first)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Functions:
-    """Functions as the GPU's own instructions, each one's error a few units in the last place.
-
-    What the compiler makes of them also serves numbers near the ends of float32, at three to
-    eight times the instructions.
-    """
-
-    interpret: bool
-
-    def exp(self, x: Array) -> Array:
-        return self._one("ex2", jnp.exp2, x * math.log2(math.e))
-
-    def rsqrt(self, x: Array) -> Array:
-        return self._one("rsqrt", lax.rsqrt, x)
-
-    def silu(self, x: Array) -> Array:
-        return x * self._one(
-            "rcp", lambda x: 1 / x, 1 + self._one("ex2", jnp.exp2, x * -math.log2(math.e))
-        )
-
-    def softplus(self, x: Array) -> Array:
-        # Exact to 1e-7, not relatively: its values are added to others.
-        log2 = self._one("lg2", jnp.log2, 1 + self.exp(-jnp.abs(x)))
-        return jnp.maximum(x, 0.0) + math.log(2) * log2
-
-    def _one(self, name: str, plain, x: Array) -> Array:
-        if self.interpret:
-            return plain(x)
-        if not x.shape:
-            # The compiler knows no tensor without axes.
-            return jnp.sum(self._one(name, plain, x[None]))
-        (out,) = plgpu.elementwise_inline_asm(
-            f"{name}.approx.ftz.f32 $0, $1;",
-            args=[x],
-            constraints="=f,f",
-            pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
-        )
-        return out

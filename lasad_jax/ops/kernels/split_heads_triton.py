@@ -14,16 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from lasad_jax.ops.kernels.triton_math import Instructions
 from lasad_jax.ops.passes.split_heads import Heads
-
-# 1 / (1 + 2^(-x / log 2)), small results flushed to 0.
-_SIGMOID = """{
-    .reg .f32 t;
-    mul.ftz.f32 t, $1, 0fBFB8AA3B;
-    ex2.approx.ftz.f32 t, t;
-    add.ftz.f32 t, t, 0f3F800000;
-    rcp.approx.ftz.f32 $0, t;
-}"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,22 +239,11 @@ class _Program:
         mask = mask if exists is None else mask & exists[:, None]
         return plgpu.load(ref.at[row], mask=mask, other=0.0)
 
-    def sigmoid(self, x: Float[Array, "R W"]) -> Float[Array, "R W"]:
-        """Of five instructions. Left to the compiler its exponential and quotient would be twice
-        as many, most of them for results below the normal numbers."""
-        if self.interpret:
-            return jax.nn.sigmoid(x)
-        (out,) = plgpu.elementwise_inline_asm(
-            _SIGMOID,
-            args=[x],
-            constraints="=f,f",
-            pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
-        )
-        return out
+    def silu(self, x: Float[Array, "R W"]) -> Float[Array, "R W"]:
+        return Instructions(self.interpret).silu(x)
 
     def silu_slope(self, x: Float[Array, "R W"]) -> Float[Array, "R W"]:
-        s = self.sigmoid(x)
+        s = Instructions(self.interpret).sigmoid(x)
         return s + x * s * (1.0 - s)
 
 
@@ -277,8 +258,8 @@ def _forward_kernel(y_ref, table_ref, q_ref, k_ref, v_ref, gate_ref, *, program)
     q, k = (program.load(y_ref, start, key_dim) for start in (0, key_dim))
     v = program.load(y_ref, 2 * key_dim, value_dim)
     turn = program.turn(table_ref)
-    program.store(q_ref, 0, key_dim, _rotate(q * program.sigmoid(q) * program.q_scale, turn))
-    program.store(k_ref, 0, key_dim, _rotate(k * program.sigmoid(k), turn))
+    program.store(q_ref, 0, key_dim, _rotate(program.silu(q) * program.q_scale, turn))
+    program.store(k_ref, 0, key_dim, _rotate(program.silu(k), turn))
     program.store(v_ref, 0, value_dim, v)
     if program.gated:
         plgpu.store(gate_ref.at[:], gate.astype(jnp.float32), mask=exists)
