@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, PyTree
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.folding import fold_norms, scaled
 from lasad_jax.models.mixers import decay_of
 from lasad_jax.models.rope import turn_table
 from lasad_jax.ops.kernels.decode_tiling import interleave
@@ -69,33 +70,28 @@ def prepare(config: ModelConfig, params: PyTree) -> Weights:
         scale = 1.0 if config.mixer == "lasad" else 0.0
         table = turn_table(config.grid, config.query_dim, prefix_scale=scale)
         turns = jnp.asarray(table, jnp.float32)
+    blocks = fold_norms(config, params["blocks"])
     layers = tuple(
-        _layer(config, jax.tree.map(lambda x, i=i: x[i], params["blocks"]), matrix, exact)
+        _layer(config, jax.tree.map(lambda x, i=i: x[i], blocks), exact)
         for i in range(config.num_layers)
     )
     return Weights(
         embedding=matrix(params["token_embedding"]["embedding"]),
         turns=turns,
         layers=layers,
-        head=matrix(params["final_norm"]["scale"][:, None] * params["head"]["kernel"]),
+        head=matrix(scaled(params["head"]["kernel"], params["final_norm"]["scale"])),
     )
 
 
-def _layer(config: ModelConfig, params: PyTree, matrix, exact) -> LayerWeights:
+def _layer(config: ModelConfig, params: PyTree, exact) -> LayerWeights:
     mixer, ffn = params["mixer"], params["ffn"]
     lasad = config.mixer == "lasad"
     names = ("q", "k", "v", "out_gate") if lasad else ("q", "k", "v")
-
-    def kernel(module, norm):
-        rows = module["kernel"]
-        scale = params[norm]["scale"]
-        return matrix(rows * scale.reshape(-1, *(1,) * (rows.ndim - 1)))
-
-    per_head = jnp.concatenate([kernel(mixer[name], "mixer_norm") for name in names], axis=2)
+    per_head = jnp.concatenate([mixer[name]["kernel"] for name in names], axis=2)
     columns = [per_head.reshape(config.width, -1)]
     gate = mixer.get("decay_gate")
     if gate is not None:
-        columns.append(kernel(gate, "mixer_norm"))
+        columns.append(gate["kernel"])
         missing = -sum(x.shape[1] for x in columns) % _COLUMNS
         columns.append(jnp.zeros((config.width, missing), config.compute_dtype))
 
@@ -106,16 +102,13 @@ def _layer(config: ModelConfig, params: PyTree, matrix, exact) -> LayerWeights:
             places = jnp.arange(config.num_tokens)
             log_factor = decay.step_log_factor(places, config.grid)
             log_factor = jnp.broadcast_to(log_factor, (len(places), config.num_heads))
-    out = mixer["out"]["kernel"]
-    if lasad:
-        out = out * mixer["norm"]["scale"][..., None]
     return LayerWeights(
-        conv=matrix(mixer["conv"]["kernel"]) if "conv" in mixer else None,
+        conv=mixer["conv"]["kernel"].astype(config.compute_dtype) if "conv" in mixer else None,
         projection=jnp.concatenate(columns, axis=1),
         gate_bias=None if gate is None else exact(gate["bias"]),
         decay=decay,
         log_factor=log_factor,
-        out=matrix(out).reshape(-1, config.width),
-        gate_up=interleave(*(kernel(ffn[name], "ffn_norm") for name in ("gate", "up"))),
-        down=matrix(ffn["down"]["kernel"]),
+        out=mixer["out"]["kernel"].reshape(-1, config.width),
+        gate_up=interleave(*(ffn[name]["kernel"] for name in ("gate", "up"))),
+        down=ffn["down"]["kernel"],
     )

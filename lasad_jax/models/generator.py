@@ -6,6 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.folding import map_folded
 from lasad_jax.models.layers import AddNorm, Embedding, FeedForward, Kernel
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS
 from lasad_jax.ops.keep import keep_policy
@@ -25,7 +26,8 @@ class Block(nn.Module):
     """A mixer and a feed-forward on the residual stream; a scan body over the layers.
 
     The carry is the stream and the branch that is still to be added to it: sum, dropout and
-    norm are one pass at the beginning of the next branch.
+    norm are one pass at the beginning of the next branch. The kernels hold the norms' scales
+    (`fold_norms`).
     """
 
     config: ModelConfig
@@ -34,10 +36,10 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, carry: Stream, cache: PyTree | None) -> tuple[Stream, PyTree | None]:
         config = self.config
-        x, normed = AddNorm(config, self.train, name="mixer_norm")(*carry)
-        branch, cache = MIXERS[config.mixer](config, name="mixer")(*normed, cache)
-        x, normed = AddNorm(config, self.train, name="ffn_norm")(x, _constrain(branch))
-        branch = FeedForward(config, name="ffn")(*normed)
+        x, y, _ = AddNorm(config, self.train, name="mixer_norm")(*carry)
+        branch, cache = MIXERS[config.mixer](config, name="mixer")(y, cache)
+        x, y, _ = AddNorm(config, self.train, name="ffn_norm")(x, _constrain(branch))
+        branch = FeedForward(config, name="ffn")(y)
         return (x, _constrain(branch)), cache
 
 
@@ -69,14 +71,15 @@ class LASADGen(nn.Module):
             # Within a loop nothing could be mistaken for a common subexpression.
             policy = _REMAT_POLICIES[config.remat]
             block = nn.remat(Block, prevent_cse=unroll > 1, policy=policy)
-        self.blocks = nn.scan(
+        blocks = nn.scan(
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             length=config.num_layers,
             unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.train)
+        )
+        self.blocks = map_folded(blocks, config, self.is_initializing())(config, self.train)
         self.final_norm = AddNorm(config, self.train)
         shape, zeros = (config.width, config.vocab_size), nn.initializers.zeros
         self.head = Kernel(config, shape, ("embed", "vocab"), zeros)
@@ -139,7 +142,7 @@ class LASADGen(nn.Module):
         # The embedding is the first branch: its dropout is that of all branches.
         x = _constrain(x)
         carry, cache = self.blocks((jnp.zeros_like(x), x), cache)
-        return self.final_norm(*carry)[1], cache
+        return self.final_norm(*carry)[1:], cache
 
     def _logits(self, features) -> Float[Array, "B N V"]:
         x, scale = features

@@ -6,6 +6,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.folding import scaled
 from lasad_jax.models.operator import mesh_axes, passes
 from lasad_jax.models.sizes import ffn_width
 from lasad_jax.ops.keep import keep
@@ -41,17 +42,11 @@ class Kernel(nn.Module):
         """The kernel in the dtype of computation.
 
         Args:
-          scale: of an `AddNorm` before. It multiplies the kernel's rows instead of every
-            token; its gradient then is a sum over the kernel's columns, not over all tokens.
+          scale: of the norm before, for its rows.
         """
-        return self._kernel(scale)
-
-    def _kernel(self, scale):
         init = nn.with_logical_partitioning(self.kernel_init, self.axes)
         kernel = self.param("kernel", init, self.shape, jnp.dtype(self.config.param_dtype))
-        if scale is not None:
-            kernel = kernel * scale.reshape(*scale.shape, *(1,) * (kernel.ndim - scale.ndim))
-        return kernel.astype(self.config.compute_dtype)
+        return scaled(kernel, scale).astype(self.config.compute_dtype)
 
 
 class Embedding(nn.Module):
@@ -84,7 +79,7 @@ class Embedding(nn.Module):
 
 
 class Scale(nn.Module):
-    """The scale of a norm over its last axis, for the kernel of the next product.
+    """The scale of a norm over its last axis, which multiplies the rows of the next kernel.
 
     Attributes:
       config: the model.
@@ -114,8 +109,9 @@ class AddNorm(nn.Module):
     @nn.compact
     def __call__(
         self, x: Float[Array, "B N D"], branch: Float[Array, "B N D"]
-    ) -> tuple[Float[Array, "B N D"], tuple[Float[Array, "B N D"], Float[Array, " D"]]]:
-        """Returns the stream, and its tokens of unit mean square with the norm's scale."""
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"], Float[Array, " D"]]:
+        """Returns the stream, its tokens of unit mean square, and the norm's scale, which is not
+        in them."""
         config, seeds = self.config, None
         if self.train and config.dropout:
             seeds = token_seeds(self.make_rng("dropout"), x.shape[:2])
@@ -128,7 +124,7 @@ class AddNorm(nn.Module):
             implementation=passes(config),
             batch_axes=mesh_axes("batch", x.shape[0]),
         )
-        return x, (y, _scale(self, (config.width,), ("embed",)))
+        return x, y, _scale(self, (config.width,), ("embed",))
 
 
 def _scale(module: Scale | AddNorm, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
@@ -143,12 +139,9 @@ class FeedForward(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N D"], scale: Float[Array, " D"]
-    ) -> Float[Array, "B N D"]:
-        """Of tokens as `AddNorm` returns them."""
+    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         shape, axes = (self.config.width, ffn_width(self.config)), ("embed", "mlp")
-        kernels = [Kernel(self.config, shape, axes, name=name)(scale) for name in ("gate", "up")]
+        kernels = [Kernel(self.config, shape, axes, name=name)() for name in ("gate", "up")]
         # Side by side on an axis of their own, which leaves that of "mlp" to be split over a mesh.
         gate_up = keep(product(x, jnp.stack(kernels, axis=1)))
         return swiglu_product(

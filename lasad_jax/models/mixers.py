@@ -70,11 +70,11 @@ class DecayGate(Kernel):
     """The parameters of the content gate, one number for each token and head."""
 
     @nn.compact
-    def __call__(self, scale: Float[Array, " D"]) -> tuple[Float[Array, "D H"], Float[Array, " H"]]:
+    def __call__(self) -> tuple[Float[Array, "D H"], Float[Array, " H"]]:
         """The kernel, and a bias in float32."""
         init = nn.with_logical_partitioning(nn.initializers.constant(_GATE_BIAS), self.axes[1:])
         bias = self.param("bias", init, self.shape[1:], jnp.dtype(self.config.param_dtype))
-        return self._kernel(scale), bias.astype(jnp.float32)
+        return super().__call__(), bias.astype(jnp.float32)
 
 
 class LASADMixer(nn.Module):
@@ -84,7 +84,7 @@ class LASADMixer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], scale: Float[Array, " D"], cache: LASADCache | None = None
+        self, x: Float[Array, "B N D"], cache: LASADCache | None = None
     ) -> tuple[Float[Array, "B N D"], LASADCache | None]:
         config = self.config
         one_step = cache is not None and x.shape[1] == 1
@@ -94,7 +94,7 @@ class LASADMixer(nn.Module):
             x, recent = LocalConv(config, name="conv")(x, recent, index)
             x = keep(x)
 
-        y, bias = self._project(x, scale)
+        y, bias = self._project(x)
         table = None
         if config.rope:
             table = turns(config.grid, config.query_dim, index, x.shape[1], prefix_scale=1.0)
@@ -137,11 +137,12 @@ class LASADMixer(nn.Module):
             if cache is not None:
                 out, state = out
             out = keep(out)
-        scale = Scale(config, (config.num_heads, config.value_dim), _HEADS[1:], name="norm")()
+        # In the rows of the next kernel.
+        Scale(config, (config.num_heads, config.value_dim), _HEADS[1:], name="norm")()
         out = gated_heads_product(
             out,
             y,
-            Kernel(config, _out_shape(config), _OUT, name="out")(scale),
+            Kernel(config, _out_shape(config), _OUT, name="out")(),
             gate_start=2 * config.query_dim + config.value_dim,
             epsilon=NORM_EPSILON,
             partial_gradient=True,
@@ -150,7 +151,7 @@ class LASADMixer(nn.Module):
         return out, None if cache is None else LASADCache(state, recent)
 
     def _project(
-        self, x: Float[Array, "B N D"], scale: Float[Array, " D"]
+        self, x: Float[Array, "B N D"]
     ) -> tuple[Float[Array, "B N H W"], Float[Array, " H"] | None]:
         """Each head's [q | k | v | output's gate | content gate | padding] as one product, and
         the content gate's bias."""
@@ -158,12 +159,12 @@ class LASADMixer(nn.Module):
         sizes = {"q": config.query_dim, "k": config.query_dim}
         sizes |= {"v": config.value_dim, "out_gate": config.value_dim}
         kernels = [
-            Kernel(config, (config.width, config.num_heads, size), _HEADS, name=name)(scale)
+            Kernel(config, (config.width, config.num_heads, size), _HEADS, name=name)()
             for name, size in sizes.items()
         ]
         if config.selective:
             shape = (config.width, config.num_heads)
-            gate, bias = DecayGate(config, shape, _HEADS[:2], name="decay_gate")(scale)
+            gate, bias = DecayGate(config, shape, _HEADS[:2], name="decay_gate")()
             kernels.append(jnp.pad(gate[..., None], ((0, 0), (0, 0), (0, _ALIGNMENT - 1))))
         # Joined within each head, so that heads can still be split over a mesh.
         return keep(product(x, jnp.concatenate(kernels, axis=-1))), bias
@@ -214,11 +215,11 @@ class SoftmaxMixer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], scale: Float[Array, " D"], cache: SoftmaxCache | None = None
+        self, x: Float[Array, "B N D"], cache: SoftmaxCache | None = None
     ) -> tuple[Float[Array, "B N D"], SoftmaxCache | None]:
         config = self.config
         shape = (config.width, config.num_heads, config.value_dim)
-        kernels = (Kernel(config, shape, _HEADS, name=name)(scale) for name in ("q", "k", "v"))
+        kernels = (Kernel(config, shape, _HEADS, name=name)() for name in ("q", "k", "v"))
         q, k, v = (keep(product(x, kernel)) for kernel in kernels)
         index = 0 if cache is None else cache.index
         if config.rope:
