@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Int, Key, PyTree
 
 from lasad_jax.benchmarks import decoding
 from lasad_jax.benchmarks.compiling import compile_all, compiled
@@ -15,6 +15,7 @@ from lasad_jax.config import SamplingConfig
 from lasad_jax.models import LASADGen, ModelConfig, decoder
 from lasad_jax.models.generator import init_parameters
 from lasad_jax.sampling.decode import generate
+from lasad_jax.sampling.filters import draw
 from lasad_jax.training.state import unbox
 
 # Places at the end whose codes are counted.
@@ -103,13 +104,10 @@ def _plain(
 ) -> Int[Array, "B N"]:
     model, (params, _) = LASADGen(config), prepared
 
-    def draw(logits: Float[Array, "B V"], token):
-        token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, token)
-        return jax.vmap(jax.random.categorical)(token_keys, logits).astype(jnp.int32)
-
     def step(carry, token):
         logits, cache = carry
-        code = draw(logits, token)
+        token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, token)
+        code = draw(logits, token_keys, SamplingConfig()).astype(jnp.int32)
         return model.apply({"params": params}, code, cache, method="decode_step"), code
 
     carry = model.apply({"params": params}, labels, given, method="prefill")
