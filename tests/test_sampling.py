@@ -121,8 +121,8 @@ def test_decoding_memory_does_not_grow_with_length():
 
     def temporary(rows):
         config = dataclasses.replace(tiny, grid=(rows, 5))
-        args = (params, prepare(config, params), jnp.zeros(2, int), keys)
-        lowered = jax.jit(generate, static_argnums=(0, 6)).lower(
+        args = (prepare(config, params), jnp.zeros(2, int), keys)
+        lowered = jax.jit(generate, static_argnums=(0, 5)).lower(
             config, *args, jnp.zeros((2, 0), jnp.int32), SamplingConfig()
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key, PyTree
 
-from lasad_jax.benchmarks import decoding
 from lasad_jax.benchmarks.compiling import compile_all, compiled
 from lasad_jax.benchmarks.generators import GeneratorCase, random_batch
 from lasad_jax.benchmarks.tables import one_line
 from lasad_jax.config import SamplingConfig
 from lasad_jax.models import LASADGen, ModelConfig, decoder
+from lasad_jax.models.decoder import Weights
 from lasad_jax.models.generator import init_parameters
 from lasad_jax.sampling.decode import generate
 from lasad_jax.sampling.filters import draw
@@ -59,24 +59,28 @@ def agreement_row(case: GeneratorCase, mixer: str, images: int) -> dict:
 def _histograms(config: ModelConfig, batch: int, batches: int) -> dict[str, list[np.ndarray]]:
     """For each path and seed the share of each code at each place (places, V)."""
     params = jax.jit(functools.partial(_parameters, config))()
-    prepared = jax.jit(functools.partial(decoding.prepare, config))(params)
+    weights = jax.jit(functools.partial(decoder.prepare, config))(params)
     prefix = random_batch(config, 1, 0)["tokens"][:, : config.num_tokens // 2]
     given = jnp.broadcast_to(prefix, (batch, prefix.shape[1]))
     labels = jnp.zeros(batch, jnp.int32)
     keys = lambda number: jax.random.split(jax.random.key(number), batch)
-    paths = {
-        name: jax.jit(functools.partial(path, config))
-        for name, path in (("fast", _fast), ("plain", _plain))
-    }
-    arguments = prepared, labels, keys(0), given
-    programs = compile_all({n: functools.partial(f.lower, *arguments) for n, f in paths.items()})
+    paths, learned = {"fast": _fast, "plain": _plain}, {"fast": weights, "plain": params}
+    programs = compile_all(
+        {
+            name: functools.partial(
+                jax.jit(functools.partial(path, config)).lower,
+                *(learned[name], labels, keys(0), given),
+            )
+            for name, path in paths.items()
+        }
+    )
     counts = {name: [] for name in paths}
     for name, seed in ((name, seed) for name in paths for seed in range(_SEEDS)):
         total = 0
         for number in range(batches):
             # No two draws share a key, whatever their path.
             key = (len(counts) * seed + list(paths).index(name)) * batches + number
-            codes = compiled(programs[name])(prepared, labels, keys(key), given)
+            codes = compiled(programs[name])(learned[name], labels, keys(key), given)
             last = np.asarray(codes)[:, -_COUNTED:]
             total += np.stack([np.bincount(c, minlength=config.vocab_size) for c in last.T])
         counts[name].append(total / (batches * batch))
@@ -91,18 +95,18 @@ def _parameters(config: ModelConfig) -> PyTree:
     return params
 
 
-def _fast(config: ModelConfig, prepared, labels, keys, given) -> Int[Array, "B N"]:
-    return generate(config, *prepared, labels, keys, given, SamplingConfig(guidance=1.0))
+def _fast(config: ModelConfig, weights: Weights, labels, keys, given) -> Int[Array, "B N"]:
+    return generate(config, weights, labels, keys, given, SamplingConfig(guidance=1.0))
 
 
 def _plain(
     config: ModelConfig,
-    prepared: tuple[PyTree, decoder.Weights],
+    params: PyTree,
     labels: Int[Array, " B"],
     keys: Key[Array, " B"],
     given: Int[Array, "B n"],
 ) -> Int[Array, "B N"]:
-    model, (params, _) = LASADGen(config), prepared
+    model = LASADGen(config)
 
     def step(carry, token):
         logits, cache = carry

@@ -6,7 +6,6 @@ import time
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
 
 from lasad_jax.benchmarks import counts, decoding, llamagen
 from lasad_jax.benchmarks.compiling import compiled
@@ -14,15 +13,16 @@ from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.limits import AllocatorPeak, compiled_bytes
 from lasad_jax.benchmarks.tables import one_line
 from lasad_jax.benchmarks.timing import seconds_per_call
-from lasad_jax.models import ModelConfig, count_parameters
+from lasad_jax.models import ModelConfig, count_parameters, decoder
+from lasad_jax.models.decoder import Weights
 from lasad_jax.models.generator import init_parameters
 from lasad_jax.training.state import unbox
 
 _ROWS_PER_IMAGE = 2  # guidance: with the class and without
 
 
-def _make_prepared(config: ModelConfig) -> PyTree:
-    return decoding.prepare(config, unbox(init_parameters(config, jax.random.key(0))))
+def _make_weights(config: ModelConfig) -> Weights:
+    return decoder.prepare(config, unbox(init_parameters(config, jax.random.key(0))))
 
 
 def _make_inputs(case: GeneratorCase, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -33,7 +33,7 @@ def _make_inputs(case: GeneratorCase, config: ModelConfig) -> tuple[jax.Array, j
 def lower_drawing(case: GeneratorCase, mixer: str) -> jax.stages.Lowered:
     """Traces the drawing of a batch; nothing is allocated."""
     config = case.model(mixer)
-    shapes = jax.eval_shape(lambda: (_make_prepared(config), *_make_inputs(case, config)))
+    shapes = jax.eval_shape(lambda: (_make_weights(config), *_make_inputs(case, config)))
     return jax.jit(functools.partial(decoding.draw_images, config)).lower(*shapes)
 
 
@@ -68,9 +68,9 @@ def time_row(
     allocator = AllocatorPeak()
     try:
         draw = compiled(draw)
-        prepared = jax.jit(lambda: _make_prepared(config))()
+        weights = jax.jit(lambda: _make_weights(config))()
         # One set of inputs: what thousands of tokens leave in a cache helps no next image.
-        runs = seconds_per_call(draw, [(prepared, *_make_inputs(case, config))], **how)
+        runs = seconds_per_call(draw, [(weights, *_make_inputs(case, config))], **how)
     except Exception as error:  # what does not fit says so; the others go on
         return row | {"skipped": one_line(error)}
     seconds = statistics.median(runs)
@@ -92,22 +92,22 @@ def lower_along(case: GeneratorCase, mixer: str, length: int) -> jax.stages.Lowe
     """Traces the drawing of the next `length` codes, the likeliest each time."""
     config = case.model(mixer)
 
-    def segment(prepared, tokens, cache):
+    def segment(weights, tokens, cache):
         def step(carry, _):
-            logits, cache = decoding.decode(config, prepared, *carry)
+            logits, cache = decoder.decode(config, weights, *carry)
             return (jnp.argmax(logits, axis=-1), cache), None
 
         return jax.lax.scan(step, (tokens, cache), None, length)[0]
 
-    shapes = jax.eval_shape(lambda: _begin_along(case, config, _make_prepared(config)))
+    shapes = jax.eval_shape(lambda: _begin_along(case, config, _make_weights(config)))
     return jax.jit(segment, donate_argnums=(1, 2)).lower(*shapes)
 
 
-def _begin_along(case: GeneratorCase, config: ModelConfig, prepared: PyTree) -> tuple:
-    """What a segment takes: prepared weights, the first codes and the cache."""
+def _begin_along(case: GeneratorCase, config: ModelConfig, weights: Weights) -> tuple:
+    """What a segment takes: the weights, the first codes and the cache."""
     labels = jnp.arange(_ROWS_PER_IMAGE * case.batch) % config.num_classes
-    logits, cache = decoding.begin(config, prepared, labels)
-    return prepared, jnp.argmax(logits, axis=-1), cache
+    logits, cache = decoding.begin(config, weights, labels)
+    return weights, jnp.argmax(logits, axis=-1), cache
 
 
 def along_row(
@@ -147,15 +147,15 @@ def _pass_times(
 ) -> list[list[float]]:
     """Seconds of each segment, for each pass; a first pass warms up and does not count."""
     config = case.model(mixer)
-    prepared = jax.jit(lambda: _make_prepared(config))()
+    weights = jax.jit(lambda: _make_weights(config))()
     begin = jax.jit(functools.partial(_begin_along, case, config))
     passes = []
     for _ in range(repeats + 1):
-        _, tokens, cache = jax.block_until_ready(begin(prepared))
+        _, tokens, cache = jax.block_until_ready(begin(weights))
         times = []
         for _ in range(case.tokens // length):
             since = time.perf_counter()
-            tokens, cache = jax.block_until_ready(segment(prepared, tokens, cache))
+            tokens, cache = jax.block_until_ready(segment(weights, tokens, cache))
             times.append(time.perf_counter() - since)
         passes.append(times)
     return passes[1:]

@@ -1,7 +1,7 @@
 """One token at a time, as fast as it goes: `LASADGen.decode_step` over prepared weights.
 
     weights = prepare(config, params)
-    logits, cache = prefill(config, params, labels, tokens)
+    logits, cache = prefill(config, weights, labels, tokens)
     logits, cache = decode(config, weights, tokens, cache)   # as often as there are codes
 
 Layers are a tuple, not a stacked array, and their loop is unrolled: inside a scan over
@@ -67,13 +67,13 @@ class Cache:
 
 
 def prefill(
-    config: ModelConfig, params: PyTree, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
+    config: ModelConfig, weights: Weights, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
 ) -> tuple[Float[Array, "B V"], Cache]:
     """`LASADGen.prefill`: logits after the label and the first n codes, and the cache."""
     # Layers in a loop, unlike in training: nothing is stored for a backward pass, and a deep
     # model compiles in a fraction of the time.
-    model = LASADGen(dataclasses.replace(config, unroll=1))
-    logits, cache = model.apply({"params": params}, labels, tokens, method="prefill")
+    model = LASADGen(dataclasses.replace(config, unroll=1), folded=True)
+    logits, cache = model.apply({"params": weights.params}, labels, tokens, method="prefill")
     return logits, start(config, cache)
 
 
@@ -142,22 +142,32 @@ def decode(
     """
     fused = implementation != "xla"
     form = resolve_implementation(config, implementation)
-    mixer = _softmax if config.mixer == "softmax" else functools.partial(_lasad, form)
-    x = jnp.take(weights.embedding, tokens, axis=0)
+    x = jnp.take(weights.params["token_embedding"]["embedding"], tokens, axis=0)
     layers = []
     for layer, remembered in zip(weights.layers, cache.layers, strict=True):
-        mixed, remembered = mixer(config, fused, weights, layer, x, remembered, cache.index)
+        x, remembered = _layer(
+            config, form, fused, layer, weights.turns, x, remembered, cache.index
+        )
         layers.append(remembered)
-        x = project_add(fused, mixed, layer.out, x)
-        x = project_add(fused, swiglu(fused, x, layer.gate_up), layer.down, x)
-    logits = jnp.dot(normalise(x), weights.head, preferred_element_type=jnp.float32)
+    head = weights.params["head"]["kernel"]
+    logits = jnp.dot(normalise(x), head, preferred_element_type=jnp.float32)
     return logits, Cache(cache.index + 1, tuple(layers))
+
+
+# Traced and lowered once for all layers: that is most of what starting a deep model takes.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _layer(config, form, fused, layer, turns, x, remembered, index):
+    """One layer of `decode`: the residual stream and what the layer remembers."""
+    mixer = _softmax if config.mixer == "softmax" else functools.partial(_lasad, form)
+    mixed, remembered = mixer(config, fused, layer, turns, x, remembered, index)
+    x = project_add(fused, mixed, layer.out, x)
+    return project_add(fused, swiglu(fused, x, layer.gate_up), layer.down, x), remembered
 
 
 # Mixers
 
 
-def _lasad(form, config, fused, weights, layer, x, cache, index):
+def _lasad(form, config, fused, layer, turns, x, cache, index):
     recent = cache.recent
     if recent is not None:
         x, recent = _norm_conv(form, config, layer, x, recent, index)
@@ -170,12 +180,12 @@ def _lasad(form, config, fused, weights, layer, x, cache, index):
             projection,
             index,
             log_factor=layer.log_factor,
-            turns=weights.turns,
+            turns=turns,
             gate_bias=layer.gate_bias,
             epsilon=NORM_EPSILON,
         )
     else:
-        out, state = mix(config, layer, projection, weights.turns, cache.state, index)
+        out, state = mix(config, layer, projection, turns, cache.state, index)
     return out.reshape(x.shape[0], -1), LASADLayer(state, recent)
 
 
@@ -225,11 +235,11 @@ def mix(
     return normalise(out) * out_gate, state
 
 
-def _softmax(config, fused, weights, layer, x, cache, index):
+def _softmax(config, fused, layer, turns, x, cache, index):
     projection = project(fused, x, layer.projection, norm=True)
     q, k, v = _split_heads(config, projection, 3)
     if config.rope:
-        q, k = turn(q, weights.turns[index]), turn(k, weights.turns[index])
+        q, k = turn(q, turns[index]), turn(k, turns[index])
     update = jax.lax.dynamic_update_slice_in_dim
     k = update(cache.k, k[:, None], index, axis=1)
     v = update(cache.v, v[:, None], index, axis=1)

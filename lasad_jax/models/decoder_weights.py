@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PyTree
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.folding import fold_norms, scaled
+from lasad_jax.models.folding import fold
 from lasad_jax.models.mixers import decay_of
 from lasad_jax.models.rope import turn_table
 from lasad_jax.ops.kernels.decode_tiling import interleave
@@ -47,22 +47,20 @@ class Weights:
     """All that decoding multiplies with.
 
     Attributes:
-      embedding: of the codes.
+      params: of `LASADGen(folded=True)`, layers stacked, matrices in the compute dtype: for the
+        parallel pass over what is given. Embedding and head serve decoding too.
       turns: for each token, prefix included, what RoPE multiplies a head by and what it
         multiplies its swapped pairs by: (cos, cos) and (-sin, sin).
       layers: one after the other.
-      head: the way to the logits, the last norm's scale included.
     """
 
-    embedding: Float[Array, "V D"]
+    params: PyTree
     turns: Float[Array, "tokens 2 Dk"] | None
     layers: tuple[LayerWeights, ...]
-    head: Float[Array, "D V"]
 
 
 def prepare(config: ModelConfig, params: PyTree) -> Weights:
     """Weights of the decoder from `LASADGen`'s parameters (unboxed, layers stacked)."""
-    matrix = lambda x: jnp.asarray(x, config.compute_dtype)
     exact = lambda x: jnp.asarray(x, jnp.float32)
     turns = None
     if config.rope:
@@ -70,17 +68,12 @@ def prepare(config: ModelConfig, params: PyTree) -> Weights:
         scale = 1.0 if config.mixer == "lasad" else 0.0
         table = turn_table(config.grid, config.query_dim, prefix_scale=scale)
         turns = jnp.asarray(table, jnp.float32)
-    blocks = fold_norms(config, params["blocks"])
+    params = fold(config, params)
     layers = tuple(
-        _layer(config, jax.tree.map(lambda x, i=i: x[i], blocks), exact)
+        _layer(config, jax.tree.map(lambda x, i=i: x[i], params["blocks"]), exact)
         for i in range(config.num_layers)
     )
-    return Weights(
-        embedding=matrix(params["token_embedding"]["embedding"]),
-        turns=turns,
-        layers=layers,
-        head=matrix(scaled(params["head"]["kernel"], params["final_norm"]["scale"])),
-    )
+    return Weights(params, turns, layers)
 
 
 def _layer(config: ModelConfig, params: PyTree, exact) -> LayerWeights:

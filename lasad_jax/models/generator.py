@@ -56,10 +56,12 @@ class LASADGen(nn.Module):
     Attributes:
       config: the architecture.
       train: dropout and class dropout are on (they draw from the "dropout" key).
+      folded: the parameters are not those of training but `folding.fold` of them.
     """
 
     config: ModelConfig
     train: bool = False
+    folded: bool = False
 
     def setup(self):
         config = self.config
@@ -79,7 +81,9 @@ class LASADGen(nn.Module):
             unroll=unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.blocks = map_folded(blocks, config, self.is_initializing())(config, self.train)
+        if not self.folded:
+            blocks = map_folded(blocks, config, self.is_initializing())
+        self.blocks = blocks(config, self.train)
         self.final_norm = AddNorm(config, self.train)
         shape, zeros = (config.width, config.vocab_size), nn.initializers.zeros
         self.head = Kernel(config, shape, ("embed", "vocab"), zeros)

@@ -21,7 +21,6 @@ from lasad_jax.training.sharding import replicated
 
 def generate(
     model_config: ModelConfig,
-    params: PyTree,
     weights: Weights,
     labels: Int[Array, " B"],
     keys: Key[Array, " B"],
@@ -31,8 +30,8 @@ def generate(
     """Draws images code by code.
 
     Args:
-      model_config, params: the generator.
-      weights: the same parameters, prepared for decoding.
+      model_config: the generator's.
+      weights: its parameters, from `decoder.prepare`.
       labels: class of each image; num_classes for none.
       keys: one per image, so that an image does not depend on its neighbours in the batch.
       given: the first n codes of each image, kept as they are; n may be 0.
@@ -64,22 +63,20 @@ def generate(
 
     if num_given == num_tokens:
         return given
-    carry = decoder.prefill(model_config, params, all_labels, double(given))
+    carry = decoder.prefill(model_config, weights, all_labels, double(given))
     (logits, _), drawn = jax.lax.scan(next_token, carry, jnp.arange(num_given, num_tokens - 1))
     final = choose(logits, jnp.asarray(num_tokens - 1))
     return jnp.concatenate([given, drawn.T, final[:, None]], axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("model_config", "sampling", "mesh"))
-def _generate_everywhere(
-    model_config, sampling, mesh, params, weights, base_key, labels, numbers, given
-):
+def _generate_everywhere(model_config, sampling, mesh, weights, base_key, labels, numbers, given):
     """`generate` for images `numbers`, an equal part of them on each device.
 
     No image depends on another, so that nothing is communicated.
     """
 
-    def part(params, weights, base_key, labels, numbers, given):
+    def part(weights, base_key, labels, numbers, given):
         base_key = jax.random.wrap_key_data(base_key)
         keys = jax.vmap(lambda number: jax.random.fold_in(base_key, number))(numbers)
         if given.size == 0:
@@ -87,16 +84,16 @@ def _generate_everywhere(
             given = jnp.zeros_like(given)
         # Logical axes name parts of the mesh, of which nothing is left inside.
         with nn.logical_axis_rules(()):
-            return generate(model_config, params, weights, labels, keys, given, sampling)
+            return generate(model_config, weights, labels, keys, given, sampling)
 
     rows, whole = PartitionSpec(mesh.axis_names), PartitionSpec()
     return jax.shard_map(
         part,
         mesh=mesh,
-        in_specs=(whole, whole, whole, rows, rows, rows),
+        in_specs=(whole, whole, rows, rows, rows),
         out_specs=rows,
         check_vma=False,
-    )(params, weights, base_key, labels, numbers, given)
+    )(weights, base_key, labels, numbers, given)
 
 
 _prepare = jax.jit(decoder.prepare, static_argnums=0)
@@ -177,17 +174,14 @@ def sample_batches(
     _check(model_config, labels, given)
     size = _batch_rows(mesh, batch_size, len(labels))
     rows, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), replicated(mesh)
-    params = jax.device_put(params, whole)
-    weights = _prepare(model_config, params)
+    weights = _prepare(model_config, jax.device_put(params, whole))
     base_key = jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), whole)
 
     def draw_batch(numbers):
         # Filled up with repeats: one shape, one compilation.
         filled = np.pad(numbers, (0, size - len(numbers)), mode="edge")
         of_images = jax.device_put((labels[filled], filled, given[filled]), rows)
-        tokens = _generate_everywhere(
-            model_config, sampling, mesh, params, weights, base_key, *of_images
-        )
+        tokens = _generate_everywhere(model_config, sampling, mesh, weights, base_key, *of_images)
         tokens = jax.device_put(tokens, whole)
         return numbers, np.asarray(tokens)[: len(numbers)]
 
