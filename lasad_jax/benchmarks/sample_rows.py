@@ -21,6 +21,7 @@ from lasad_jax.training.state import unbox
 _ROWS_PER_IMAGE = 2  # guidance: with the class and without
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _make_weights(config: ModelConfig) -> Weights:
     return decoder.prepare(config, unbox(init_parameters(config, jax.random.key(0))))
 
@@ -68,7 +69,7 @@ def time_row(
     allocator = AllocatorPeak()
     try:
         draw = compiled(draw)
-        weights = jax.jit(lambda: _make_weights(config))()
+        weights = _make_weights(config)
         # One set of inputs: what thousands of tokens leave in a cache helps no next image.
         runs = seconds_per_call(draw, [(weights, *_make_inputs(case, config))], **how)
     except Exception as error:  # what does not fit says so; the others go on
@@ -147,7 +148,7 @@ def _pass_times(
 ) -> list[list[float]]:
     """Seconds of each segment, for each pass; a first pass warms up and does not count."""
     config = case.model(mixer)
-    weights = jax.jit(lambda: _make_weights(config))()
+    weights = _make_weights(config)
     begin = jax.jit(functools.partial(_begin_along, case, config))
     passes = []
     for _ in range(repeats + 1):

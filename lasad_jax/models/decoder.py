@@ -8,7 +8,6 @@ Layers are a tuple, not a stacked array, and their loop is unrolled: inside a sc
 tokens every cache is then updated in place, and no weight is cast, sliced or copied.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -70,9 +69,7 @@ def prefill(
     config: ModelConfig, weights: Weights, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
 ) -> tuple[Float[Array, "B V"], Cache]:
     """`LASADGen.prefill`: logits after the label and the first n codes, and the cache."""
-    # Layers in a loop, unlike in training: nothing is stored for a backward pass, and a deep
-    # model compiles in a fraction of the time.
-    model = LASADGen(dataclasses.replace(config, unroll=1), folded=True)
+    model = LASADGen(config, folded=True)
     logits, cache = model.apply({"params": weights.params}, labels, tokens, method="prefill")
     return logits, start(config, cache)
 

@@ -1,5 +1,7 @@
 """LASADGen: class label and codes in, logits of the next code out."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -168,7 +170,9 @@ def init_parameters(config: ModelConfig, key: jax.Array) -> PyTree:
     """Fresh parameters, each boxed with the logical names of its axes."""
     # Neither batch nor length shapes a parameter, so the smallest will do.
     tokens, labels = jnp.zeros((1, 1), jnp.int32), jnp.zeros((1,), jnp.int32)
-    return LASADGen(config).init(key, tokens, labels)["params"]
+    # In a loop: unrolled, every layer's random numbers would be compiled anew, for minutes.
+    model = LASADGen(dataclasses.replace(config, unroll=1))
+    return model.init(key, tokens, labels)["params"]
 
 
 def abstract_parameters(config: ModelConfig) -> PyTree:
