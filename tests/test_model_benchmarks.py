@@ -296,13 +296,15 @@ def test_random_codes_differ_by_seed_and_fit(parse):
 @pytest.mark.parametrize("warmer", [False, True])
 def test_agreement_tells_other_codes_from_other_seeds(run_main, tmp_path, monkeypatch, warmer):
     if warmer:
-        decode = decoding.decoder.decode
+        decode = decoder.decode
         warm = lambda logits, cache: (logits / 2, cache)
-        monkeypatch.setattr(decoding.decoder, "decode", lambda *args: warm(*decode(*args)))
-    cases = ["--cases=tiny:256x2x4", "--mixers=lasad", "--along=", "--agreement=500"]
+        monkeypatch.setattr(decoder, "decode", lambda *args: warm(*decode(*args)))
+    cases = ["--cases=tiny:8x2x4", "--mixers=lasad", "--along=", "--agreement=500"]
     run_main(sampling, *FEW, *cases, f"--out={tmp_path}")
     (row,) = json.loads((tmp_path / "sampling.json").read_text())["agreement"]
-    assert row["images"] == 512
+    assert row["draws"] == 500
     noise = max(row["plain"], row["fast"])
     assert 0 < noise < 0.25
     assert (row["between"] > 1.4 * noise) == warmer
+    assert 1e-4 < row["plain_error"] < 0.1
+    assert (row["fast_error"] > 1.4 * row["plain_error"]) == warmer

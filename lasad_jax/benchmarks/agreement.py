@@ -1,90 +1,102 @@
 """Whether fast decoding in bf16 draws codes as often as the plain path does."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from lasad_jax.benchmarks.compiling import compile_all, compiled
 from lasad_jax.benchmarks.generators import GeneratorCase, random_batch
 from lasad_jax.benchmarks.tables import one_line
 from lasad_jax.config import SamplingConfig
 from lasad_jax.models import LASADGen, ModelConfig, decoder
-from lasad_jax.models.decoder import Weights
 from lasad_jax.models.generator import init_parameters
-from lasad_jax.sampling.decode import generate
 from lasad_jax.sampling.filters import draw
 from lasad_jax.training.state import unbox
 
-# Places at the end whose codes are counted.
-_COUNTED = 8
 _SEEDS = 2
 # Spread of the logits: a few codes of thousands are then likely, as in trained models.
 _SPREAD = 4.0
 
 
-def agreement_row(case: GeneratorCase, mixer: str, images: int) -> dict:
-    """Total variation between histograms of the codes drawn after one prefix.
+def agreement_row(case: GeneratorCase, mixer: str, draws: int) -> dict:
+    """Total variation between what two paths draw as the last code of the same images.
 
-    The prefix is half an image; the codes of the last places are counted, each place by itself,
-    and the mean over places is what is returned. A generator with random weights has its head's
-    scaled so that few codes are likely.
+    Half of each image is read in parallel, the rest code by code: by the decoder ("fast") and by
+    the model's own `decode_step` ("plain"). A generator with random weights has its head's scaled
+    so that few codes are likely. All numbers are means over the images of the batch.
 
     Args:
       case, mixer: which generator.
-      images: drawn by each path with each of two seeds; so many batches as they fill.
+      draws: codes drawn after each image, with each of two seeds and by each path.
 
     Returns:
-      "plain": between two seeds of the plain path (the model's own `decode_step`, one token
-      after the other); "fast": between two seeds of the fast one; "between": from one path to
-      the other, of different seeds, the larger of two; or "skipped".
+      of the codes drawn, "plain" and "fast": between the histograms of two seeds; "between": from
+      one path to the other, of different seeds, the larger of two. Of the probabilities
+      themselves, "plain_error" and "fast_error": from those of the plain path in float32. Or
+      "skipped".
     """
     row, config = {"case": str(case), "mixer": mixer}, case.model(mixer)
     try:
-        counts = _histograms(config, case.batch, -(-images // case.batch))
+        logits = _last_logits(config, case.batch)
+        drawn = {
+            path: [_histogram(logits[path], _key(path, seed), draws) for seed in range(_SEEDS)]
+            for path in ("plain", "fast")
+        }
     except Exception as error:  # what does not fit says so; the others go on
         return row | {"skipped": one_line(error)}
-    tv = lambda a, b: float(np.abs(a - b).sum(axis=-1).mean() / 2)
-    fast, plain = counts["fast"], counts["plain"]
+    likely = {path: jax.nn.softmax(x) for path, x in logits.items()}
+    fast, plain = drawn["fast"], drawn["plain"]
     return row | {
-        "images": case.batch * -(-images // case.batch),
-        "plain": tv(*plain),
-        "fast": tv(*fast),
-        "between": max(tv(fast[0], plain[1]), tv(fast[1], plain[0])),
+        "draws": draws,
+        "plain": _variation(*plain),
+        "fast": _variation(*fast),
+        "between": max(_variation(fast[0], plain[1]), _variation(fast[1], plain[0])),
+        "plain_error": _variation(likely["plain"], likely["exact"]),
+        "fast_error": _variation(likely["fast"], likely["exact"]),
     }
 
 
-def _histograms(config: ModelConfig, batch: int, batches: int) -> dict[str, list[np.ndarray]]:
-    """For each path and seed the share of each code at each place (places, V)."""
+def _variation(p: Float[Array, "B V"], q: Float[Array, "B V"]) -> float:
+    return float(jnp.mean(jnp.sum(jnp.abs(p - q), axis=-1)) / 2)
+
+
+def _key(path: str, seed: int) -> Key[Array, ""]:
+    # No two draws share a key, whatever their path.
+    return jax.random.fold_in(jax.random.key(seed), path == "fast")
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _histogram(logits: Float[Array, "B V"], key: Key[Array, ""], draws: int) -> Array:
+    """The share of each code among so many drawn from every row (B, V)."""
+    rows = jnp.arange(len(logits))
+
+    def one(counts, key):
+        codes = draw(logits, jax.random.split(key, len(logits)), SamplingConfig())
+        return counts.at[rows, codes].add(1.0), None
+
+    return jax.lax.scan(one, jnp.zeros_like(logits), jax.random.split(key, draws))[0] / draws
+
+
+def _last_logits(config: ModelConfig, batch: int) -> dict[str, Float[Array, "B V"]]:
+    """Logits of the last code by the plain path, the fast one, and the plain one in float32."""
     params = jax.jit(functools.partial(_parameters, config))()
     weights = jax.jit(functools.partial(decoder.prepare, config))(params)
-    prefix = random_batch(config, 1, 0)["tokens"][:, : config.num_tokens // 2]
-    given = jnp.broadcast_to(prefix, (batch, prefix.shape[1]))
-    labels = jnp.zeros(batch, jnp.int32)
-    keys = lambda number: jax.random.split(jax.random.key(number), batch)
-    paths, learned = {"fast": _fast, "plain": _plain}, {"fast": weights, "plain": params}
+    images = random_batch(config, batch, 0)
+    paths = {
+        "plain": (_read_plain, params),
+        "fast": (_read_fast, weights),
+        "exact": (_read_exact, params),
+    }
     programs = compile_all(
         {
-            name: functools.partial(
-                jax.jit(functools.partial(path, config)).lower,
-                *(learned[name], labels, keys(0), given),
-            )
-            for name, path in paths.items()
+            name: functools.partial(jax.jit(functools.partial(read, config)).lower, learned, images)
+            for name, (read, learned) in paths.items()
         }
     )
-    counts = {name: [] for name in paths}
-    for name, seed in ((name, seed) for name in paths for seed in range(_SEEDS)):
-        total = 0
-        for number in range(batches):
-            # No two draws share a key, whatever their path.
-            key = (len(counts) * seed + list(paths).index(name)) * batches + number
-            codes = compiled(programs[name])(learned[name], labels, keys(key), given)
-            last = np.asarray(codes)[:, -_COUNTED:]
-            total += np.stack([np.bincount(c, minlength=config.vocab_size) for c in last.T])
-        counts[name].append(total / (batches * batch))
-    return counts
+    return {name: compiled(programs[name])(learned, images) for name, (_, learned) in paths.items()}
 
 
 def _parameters(config: ModelConfig) -> PyTree:
@@ -95,25 +107,31 @@ def _parameters(config: ModelConfig) -> PyTree:
     return params
 
 
-def _fast(config: ModelConfig, weights: Weights, labels, keys, given) -> Int[Array, "B N"]:
-    return generate(config, weights, labels, keys, given, SamplingConfig(guidance=1.0))
+def _read_fast(
+    config: ModelConfig, weights: decoder.Weights, images: dict[str, Int[Array, "B ..."]]
+) -> Float[Array, "B V"]:
+    given, rest = _halves(images["tokens"])
+    carry = decoder.prefill(config, weights, images["labels"], given)
+    step = lambda carry, codes: (decoder.decode(config, weights, codes, carry[1]), None)
+    return jax.lax.scan(step, carry, rest.T)[0][0]
 
 
-def _plain(
-    config: ModelConfig,
-    params: PyTree,
-    labels: Int[Array, " B"],
-    keys: Key[Array, " B"],
-    given: Int[Array, "B n"],
-) -> Int[Array, "B N"]:
-    model = LASADGen(config)
+def _read_plain(
+    config: ModelConfig, params: PyTree, images: dict[str, Int[Array, "B ..."]]
+) -> Float[Array, "B V"]:
+    run = functools.partial(LASADGen(config).apply, {"params": params})
+    given, rest = _halves(images["tokens"])
+    carry = run(images["labels"], given, method="prefill")
+    step = lambda carry, codes: (run(codes, carry[1], method="decode_step"), None)
+    return jax.lax.scan(step, carry, rest.T)[0][0]
 
-    def step(carry, token):
-        logits, cache = carry
-        token_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, token)
-        code = draw(logits, token_keys, SamplingConfig()).astype(jnp.int32)
-        return model.apply({"params": params}, code, cache, method="decode_step"), code
 
-    carry = model.apply({"params": params}, labels, given, method="prefill")
-    _, drawn = jax.lax.scan(step, carry, jnp.arange(given.shape[1], config.num_tokens))
-    return jnp.concatenate([given, drawn.T], axis=1)
+def _read_exact(config: ModelConfig, *args) -> Float[Array, "B V"]:
+    with jax.default_matmul_precision("highest"):
+        return _read_plain(dataclasses.replace(config, dtype="float32"), *args)
+
+
+def _halves(tokens: Int[Array, "B N"]) -> tuple[Int[Array, "B n"], Int[Array, "B m"]]:
+    """What is read in parallel, and what code by code: all but the last."""
+    half = tokens.shape[1] // 2
+    return tokens[:, :half], tokens[:, half:-1]

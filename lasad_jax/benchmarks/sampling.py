@@ -8,7 +8,7 @@ measured first, and against what LlamaGen takes where that was measured. A secon
 the time of a token along the sequence, a third the memory over its length. docs/speed.md says
 how to read them.
 
-    --agreement=4096  also: codes drawn by the plain path, counted against those drawn fast
+    --agreement=2048  also: so many codes drawn after each image, by the plain path and fast
 """
 
 import functools
@@ -43,7 +43,7 @@ _ALONG = flags.DEFINE_string(
     "along", None, "Case whose tokens are timed one after another; by device if unset, '' for none."
 )
 _AGREEMENT = flags.DEFINE_integer(
-    "agreement", 0, "Images of the first case to draw by the plain path as well.", 0
+    "agreement", 0, "Codes to draw after each image of the first case, by both paths.", 0
 )
 for module in (results, generators):
     flags.adopt_module_key_flags(module)
@@ -78,10 +78,12 @@ COLUMNS = (
 AGREEMENT_COLUMNS = (
     column("case", "case", width=12),
     column("mixer", "mixer"),
-    column("images", "images"),
+    column("draws", "draws"),
     column("plain, two seeds", "plain", digits()),
     column("fast, two seeds", "fast", digits()),
     column("fast to plain", "between", digits()),
+    column("plain to float32", "plain_error", digits()),
+    column("fast to float32", "fast_error", digits()),
 )
 MEMORY_COLUMNS = (
     column("case", "case", width=12),
@@ -145,7 +147,7 @@ def main() -> None:
     if along:
         _print_along(found, along, mixers, programs)
     if _AGREEMENT.value:
-        print("\ntotal variation of codes drawn\n" + head(AGREEMENT_COLUMNS))
+        print("\ntotal variation of the last code\n" + head(AGREEMENT_COLUMNS))
     for mixer in mixers if _AGREEMENT.value else ():
         row = agreement.agreement_row(cases[0], mixer, _AGREEMENT.value)
         found.add("agreement", row)
