@@ -297,7 +297,7 @@ def test_random_codes_differ_by_seed_and_fit(parse):
 def test_agreement_tells_other_codes_from_other_seeds(run_main, tmp_path, monkeypatch, warmer):
     if warmer:
         decode = decoder.decode
-        warm = lambda logits, cache: (logits / 2, cache)
+        warm = lambda logits, cache: (logits / 4, cache)
         monkeypatch.setattr(decoder, "decode", lambda *args: warm(*decode(*args)))
     cases = ["--cases=tiny:8x2x4", "--mixers=lasad", "--along=", "--agreement=500"]
     run_main(sampling, *FEW, *cases, f"--out={tmp_path}")

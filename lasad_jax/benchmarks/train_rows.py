@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from flax import linen as nn
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from lasad_jax.benchmarks import counts, llamagen
 from lasad_jax.benchmarks.compiling import compiled
@@ -74,6 +74,11 @@ class Trainer:
         """Takes a step and returns its metrics."""
         self._state, metrics = self._step(self._state, batch)
         return metrics
+
+    @property
+    def params(self) -> PyTree:
+        """The parameters now; the next step takes their place."""
+        return self._state.params
 
     def batch(self, seed: int) -> Batch:
         """Random codes on the device."""
