@@ -149,6 +149,17 @@ def test_bfloat16_stays_within_a_hundredth(family, gated, form):
     assert_close(got, want, 1e-2)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_bfloat16_of_wide_heads(form):
+    """Sizes for which XLA takes other products on a CPU, some of which it lacks in bf16."""
+    rng = np.random.default_rng(2)
+    tokens = [rng.standard_normal((2, 65, 2, 64), np.float32) for _ in range(3)]
+    args = (*tokens, make_decay(RasterDecay, np.array([0.3, 0.05], np.float32)))
+    where = {"grid": (8, 8), "num_prefix": 1}
+    got = forward(*cast(args, jnp.bfloat16), **where, implementation=form)
+    assert_close(got, forward(*args, **where, implementation="quadratic"), 1e-2)
+
+
 def test_states_between_blocks_cost_no_accuracy():
     """The 2D decay over five blocks in bf16, held to what a kernel reaches on one."""
     grid, names = (40, 8), ("out", "q", "k", "v")
