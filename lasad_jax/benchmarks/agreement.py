@@ -15,7 +15,6 @@ from lasad_jax.benchmarks.train_rows import Trainer, lower_step
 from lasad_jax.config import SamplingConfig
 from lasad_jax.models import LASADGen, ModelConfig, decoder
 from lasad_jax.sampling.filters import draw
-from lasad_jax.training.state import unbox
 
 _SEEDS = 2
 _STEPS = 200  # of training
@@ -88,7 +87,7 @@ def _trained(case: GeneratorCase, mixer: str) -> PyTree:
     config, _ = plain.ways(case, mixer)["step"]
     trainer = Trainer(config, lower_step(config).compile())
     plain.losses(trainer, _STEPS)
-    return unbox(trainer.params)
+    return trainer.params
 
 
 def _last_logits(config: ModelConfig, params: PyTree, batch: int) -> dict[str, Float[Array, "B V"]]:

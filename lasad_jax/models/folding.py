@@ -29,17 +29,17 @@ def fold_norms(config: ModelConfig, blocks: PyTree) -> PyTree:
     blocks = nn.meta.unbox(blocks)
     mixer, ffn = dict(blocks["mixer"]), dict(blocks["ffn"])
 
-    def fold(part: dict, name: str, scale: Float[Array, "*layers_contracted"] | None = None):
+    def fold_into(part: dict, name: str, scale: Float[Array, "*layers_contracted"] | None = None):
         kernel = scaled(part[name]["kernel"], scale)
         part[name] = {**part[name], "kernel": kernel.astype(config.compute_dtype)}
 
     for name in _MIXER:
         if name in mixer:
-            fold(mixer, name, blocks["mixer_norm"]["scale"])
-    fold(mixer, "out", mixer["norm"]["scale"] if "norm" in mixer else None)
+            fold_into(mixer, name, blocks["mixer_norm"]["scale"])
+    fold_into(mixer, "out", mixer["norm"]["scale"] if "norm" in mixer else None)
     for name in ("gate", "up"):
-        fold(ffn, name, blocks["ffn_norm"]["scale"])
-    fold(ffn, "down")
+        fold_into(ffn, name, blocks["ffn_norm"]["scale"])
+    fold_into(ffn, "down")
     return {**blocks, "mixer": mixer, "ffn": ffn}
 
 
@@ -77,10 +77,12 @@ def scaled(
 def map_folded(blocks: type[nn.Module], config: ModelConfig, initialising: bool):
     """The module `blocks` whose parameters are `fold_norms` of those stored."""
 
-    def fold(variables):
+    def stored_to_folded(variables):
         # While they are made, parameters are as they will be stored.
         if initialising:
             return variables
         return {"params": fold_norms(config, variables["params"])}
 
-    return nn.map_variables(blocks, "params", fold, init=initialising, mutable=initialising)
+    return nn.map_variables(
+        blocks, "params", stored_to_folded, init=initialising, mutable=initialising
+    )
