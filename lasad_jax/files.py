@@ -1,6 +1,7 @@
-"""Files that are there whole or not at all."""
+"""Files and folders that are there whole or not at all."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,3 +28,32 @@ def whole_file(path: str | Path, writer: int | None = None) -> Iterator[Path]:
         file.replace(path)
     finally:
         file.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder to fill, beside `path`, that becomes `path` when the block ends well.
+
+    As `whole_file`, with one writer at a time.
+
+    Args:
+      path: where nothing is, or an empty folder.
+      replace: something may be there, and is removed once the new folder has its place.
+
+    Raises:
+      OSError: if something is there.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder, old = temporary(path), path.with_name(f"{path.name}.old")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+        if replace and path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            path.rename(old)
+        folder.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

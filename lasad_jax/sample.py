@@ -24,8 +24,7 @@ from lasad_jax.sampling.decode import balanced_labels, sample_batches
 from lasad_jax.sampling.job import Job, digest, draw_parts, fingerprint
 from lasad_jax.sampling.pictures import image_grid
 from lasad_jax.training import sharding
-from lasad_jax.training.checkpoints import Checkpoints
-from lasad_jax.training.state import abstract_state
+from lasad_jax.training.checkpoints import restore_parameters
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Path of the results without ending; in the run if unset.")
@@ -65,7 +64,7 @@ def sample(workdir: Path) -> None:
 
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        params, step = _parameters(config, workdir, mesh)
+        params, step = restore_parameters(config, workdir, mesh, step=_STEP.value, raw=_RAW.value)
         identity = {
             "step": step,
             "parameters": f"{'raw' if _RAW.value else 'average'} {fingerprint(params)}",
@@ -148,17 +147,6 @@ def _given(
     if tokens.shape[1] != config.model.num_tokens:
         raise ValueError(f"complete: images of {images.shape[1:3]} do not fit {config.model.grid}")
     return labels[:num], tokens[:, : rows * num_columns]
-
-
-def _parameters(config: Config, workdir: Path, mesh: jax.sharding.Mesh):
-    checkpoints = Checkpoints(workdir, read_only=True)
-    step = checkpoints.best_step() if _STEP.value is None else _STEP.value
-    if step is None or step not in checkpoints.steps():
-        raise ValueError(
-            f"step: {step} has no checkpoint in {workdir}; there are {checkpoints.steps()}"
-        )
-    state = checkpoints.restore(step, abstract_state(config, mesh))
-    return (state.params if _RAW.value else state.best_params), step
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tensors by name from PyTorch's own files or from safetensors."""
 
 import argparse
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +67,35 @@ def read_state_dict(field: str, path: str | Path, shapes: Shapes, hint: str) -> 
                 f"{field}: {name!r} in {path} has shape {tensors[name].shape}, not {shape}; {hint}"
             )
     return tensors
+
+
+def check_shapes(field: str, source: str | Path, shapes: Shapes, tensors: Mapping) -> None:
+    """Refuses tensors that are not exactly those in `shapes`.
+
+    Raises:
+      ValueError: as `refuse`.
+    """
+    refuse(
+        field,
+        source,
+        [f"{name} is missing" for name in shapes if name not in tensors]
+        + [f"{name} is extra" for name in tensors if name not in shapes]
+        + [
+            f"{name} has shape {tensors[name].shape}, expected {shape}"
+            for name, shape in shapes.items()
+            if name in tensors and tensors[name].shape != shape
+        ],
+    )
+
+
+def refuse(field: str, source: str | Path, problems: list[str]) -> None:
+    """Raises one ValueError for all problems, if any; it names the first few."""
+    if problems:
+        more = "; ..." if len(problems) > 3 else ""
+        raise ValueError(
+            f"{field}: {len(problems)} tensors of {source} do not fit: "
+            f"{'; '.join(problems[:3])}{more}"
+        )
 
 
 def _read_safetensors(path: Path, names: Collection[str] | None) -> tuple[Tensors, dict[str, str]]:

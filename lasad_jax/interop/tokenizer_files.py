@@ -15,13 +15,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import PyTree
 
 from lasad_jax.files import whole_file
-from lasad_jax.interop.state_dicts import Tensors, read_tensors
+from lasad_jax.interop.state_dicts import Shapes, Tensors, check_shapes, read_tensors, refuse
 from lasad_jax.models.tokenizer import abstract_tokenizer
 from lasad_jax.models.tokenizer_config import TokenizerConfig
 
 # Name in the file -> keys in the tree of parameters, shape in the file.
 Layout = dict[str, tuple[tuple[str, ...], tuple[int, ...]]]
 
+_FIELD = "tokenizer"
 _HINT = "fetch LlamaGen's vq_ds16_c2i.pt, or give a file that save_tokenizer wrote"
 # A buffer of LlamaGen's training; nothing else reads it.
 _CODEBOOK_USED, _CODEBOOK_USED_SIZE = "quantize.codebook_used", 65536
@@ -45,14 +46,14 @@ def load_tokenizer(path: str | Path) -> tuple[TokenizerConfig, PyTree[np.ndarray
         extra or of another shape.
     """
     path = Path(path)
-    tensors, metadata = read_tensors("tokenizer", path, _HINT)
+    tensors, metadata = read_tensors(_FIELD, path, _HINT)
     tensors.pop(_CODEBOOK_USED, None)
     if "config" in metadata:
         config = _config_from_json(path, metadata["config"])
     else:
         config = _config_from_shapes(path, {name: x.shape for name, x in tensors.items()})
     layout = _layout(config)
-    _check_shapes(path, layout, tensors)
+    check_shapes(_FIELD, path, _shapes(layout), tensors)
     params = {keys: _from_torch(tensors[name]) for name, (keys, _) in layout.items()}
     return config, unflatten_dict(params)
 
@@ -71,7 +72,7 @@ def save_tokenizer(path: str | Path, config: TokenizerConfig, params: PyTree) ->
     if path.suffix != ".safetensors":
         raise ValueError(f"tokenizer: {path} must end in .safetensors, the format written")
     tensors = _to_tensors(params)
-    _check_shapes(path, _layout(config), tensors)
+    check_shapes(_FIELD, path, _shapes(_layout(config)), tensors)
     tensors[_CODEBOOK_USED] = np.zeros(_CODEBOOK_USED_SIZE, np.float32)
     # One entry only: safetensors writes several in an order that changes from run to run.
     metadata = {"config": json.dumps(dataclasses.asdict(config))}
@@ -100,6 +101,10 @@ def _layout(config: TokenizerConfig) -> Layout:
 
     leaves = flatten_dict(abstract_tokenizer(config)).items()
     return {_torch_name(keys): (keys, torch_shape(leaf.shape)) for keys, leaf in leaves}
+
+
+def _shapes(layout: Layout) -> Shapes:
+    return {name: shape for name, (_, shape) in layout.items()}
 
 
 def _torch_name(keys: tuple[str, ...]) -> str:
@@ -143,7 +148,8 @@ def _config_from_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> Token
     needed = ["encoder.conv_in.weight", "encoder.conv_out.weight", "quantize.embedding.weight"]
     firsts = [f"encoder.conv_blocks.{level}.res.0.conv1.weight" for level in range(levels)]
     ranks = dict.fromkeys([*needed, *firsts], 4) | {"quantize.embedding.weight": 2}
-    _refuse(
+    refuse(
+        _FIELD,
         path,
         [f"{name} is missing" for name in ranks if name not in shapes]
         + [
@@ -167,26 +173,3 @@ def _config_from_shapes(path: Path, shapes: dict[str, tuple[int, ...]]) -> Token
         )
     except ValueError as error:
         raise ValueError(f"tokenizer: {path} has tensors of no known shape: {error}") from error
-
-
-def _check_shapes(path: Path, layout: Layout, tensors: Tensors) -> None:
-    _refuse(
-        path,
-        [f"{name} is missing" for name in layout if name not in tensors]
-        + [f"{name} is extra" for name in tensors if name not in layout]
-        + [
-            f"{name} has shape {tensors[name].shape}, expected {shape}"
-            for name, (_, shape) in layout.items()
-            if name in tensors and tensors[name].shape != shape
-        ],
-    )
-
-
-def _refuse(path: Path, problems: list[str]) -> None:
-    """One error for all problems, if any; it names the first few."""
-    if problems:
-        more = "; ..." if len(problems) > 3 else ""
-        raise ValueError(
-            f"tokenizer: {len(problems)} tensors of {path} do not fit: "
-            f"{'; '.join(problems[:3])}{more}"
-        )

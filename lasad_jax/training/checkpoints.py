@@ -3,11 +3,13 @@
 from pathlib import Path
 
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
-from lasad_jax.config import RunConfig, config_to_json, load_config
+from lasad_jax.config import Config, RunConfig, config_to_json, load_config
 from lasad_jax.files import whole_file
+from lasad_jax.training.state import abstract_state
 
 
 class Checkpoints:
@@ -68,6 +70,30 @@ class Checkpoints:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def restore_parameters(
+    config: Config, workdir: Path, mesh: Mesh, *, step: int | None = None, raw: bool = False
+) -> tuple[PyTree, int]:
+    """The parameters of a generator's run and the step they are of.
+
+    Args:
+      config: of the run in `workdir`.
+      mesh: where the parameters will live.
+      step: of the checkpoint; by default the best by held-out loss.
+      raw: the parameters themselves, even where there is their average.
+
+    Raises:
+      ValueError: if there is no such checkpoint.
+    """
+    checkpoints = Checkpoints(workdir, read_only=True)
+    step = checkpoints.best_step() if step is None else step
+    if step is None or step not in checkpoints.steps():
+        raise ValueError(
+            f"step: {step} has no checkpoint in {workdir}; there are {checkpoints.steps()}"
+        )
+    state = checkpoints.restore(step, abstract_state(config, mesh))
+    return (state.params if raw else state.best_params), step
 
 
 def check_config(config: RunConfig, workdir: Path) -> None:

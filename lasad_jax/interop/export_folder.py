@@ -1,0 +1,111 @@
+"""An exported generator's folder: what is in it beside the weights."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import PyTree
+
+from lasad_jax.config import Config, SamplingConfig
+from lasad_jax.data.tokens import TOKENIZER_FILE
+from lasad_jax.interop.generator_files import (
+    CONFIG_FILE,
+    MODEL_TYPE,
+    architecture,
+    save_weights,
+)
+from lasad_jax.interop.tokenizer_files import save_tokenizer
+from lasad_jax.models.tokenizer_config import TokenizerConfig
+
+# Copied as they are: the model in plain PyTorch, and what transformers asks for around it.
+_CODE = ("modeling_lasadgen.py", "transformers_lasadgen.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What is exported.
+
+    Attributes:
+      config: of the run.
+      params: of the generator, unboxed.
+      step: that they are of.
+      averaged: whether they are the running average.
+      class_names: one for each class, if known.
+      tokenizer: what turns codes into images and its parameters; None where codes are pixels.
+      dtype: that matrices are stored in.
+    """
+
+    config: Config
+    params: PyTree
+    step: int
+    averaged: bool
+    class_names: tuple[str, ...] | None
+    tokenizer: tuple[TokenizerConfig, PyTree] | None
+    dtype: str
+
+
+def check_target(out: Path, *, force: bool) -> None:
+    """Refuses a place that something else has.
+
+    Raises:
+      FileExistsError: something is there, without `force`.
+      ValueError: it is no earlier export, which `force` must not remove.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    if not force:
+        raise FileExistsError(f"out: {out} exists; give another folder, or --force to replace it")
+    try:
+        is_export = json.loads((out / CONFIG_FILE).read_text())["model_type"] == MODEL_TYPE
+    except (OSError, ValueError, TypeError, KeyError):
+        is_export = False
+    if not is_export:
+        raise ValueError(
+            f"out: {out} is no earlier export, which is all that --force replaces; give another "
+            "folder"
+        )
+
+
+def write_export(folder: Path, export: Export, *, shard_bytes: int) -> None:
+    """Writes everything but the model card into an empty folder.
+
+    Raises:
+      ValueError: as `save_weights`.
+    """
+    model = export.config.model
+    save_weights(folder, model, export.params, dtype=export.dtype, shard_bytes=shard_bytes)
+    _write_json(folder / CONFIG_FILE, _config(export))
+    _write_json(folder / "generation_config.json", _generation_config(export.config.sampling))
+    for name in _CODE:
+        shutil.copyfile(Path(__file__).with_name(name), folder / name)
+    if export.tokenizer is not None:
+        save_tokenizer(folder / TOKENIZER_FILE, *export.tokenizer)
+
+
+def _config(export: Export) -> dict[str, Any]:
+    module = "transformers_lasadgen"
+    values = {
+        "model_type": MODEL_TYPE,
+        "architectures": ["LASADGenModel"],
+        "auto_map": {
+            "AutoConfig": f"{module}.LASADGenConfig",
+            "AutoModel": f"{module}.LASADGenModel",
+        },
+        "dtype": export.dtype,
+        **architecture(export.config.model),
+    }
+    if export.class_names is not None:
+        values["id2label"] = dict(enumerate(export.class_names))
+    return values
+
+
+def _generation_config(sampling: SamplingConfig) -> dict[str, Any]:
+    values = dataclasses.asdict(sampling)
+    # The name that transformers knows it by.
+    return {"guidance_scale": values.pop("guidance"), **values}
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
