@@ -27,7 +27,7 @@ from lasad_jax.interop.modeling_lasadgen import LASADGen as TorchLASADGen
 from lasad_jax.interop.tokenizer_files import load_tokenizer
 from lasad_jax.interop.verification import Verification, verify
 from lasad_jax.models import LASADGen
-from lasad_jax.models.tokenizer import init_tokenizer
+from lasad_jax.models.tokenizer import abstract_tokenizer
 from lasad_jax.training.checkpoints import Checkpoints, store_config
 from lasad_jax.training.sharding import RULES
 from lasad_jax.training.state import init_state
@@ -160,11 +160,13 @@ def test_dtype_of_loading(exported):
 
 
 def test_the_tokenizer_comes_along(tmp_path):
-    params = init_tokenizer(SMALL, jax.random.key(0))
+    rng = np.random.default_rng(0)
+    random = lambda x: rng.standard_normal(x.shape, np.float32)
+    params = jax.tree.map(random, abstract_tokenizer(SMALL))
     folder = write(tmp_path / "out", make_export(tokenizer=(SMALL, params)))
     config, read = load_tokenizer(folder / "tokenizer.safetensors")
     assert config == SMALL
-    same(read, jax.device_get(params))
+    same(read, params)
 
 
 # Refusals
@@ -254,7 +256,8 @@ def test_configurations_of_nothing_are_refused(tmp_path, changes, message):
 
 def test_a_missing_part_is_named(tmp_path):
     folder = write(tmp_path / "out", make_export(), shard_bytes=3000)
-    (folder / "model-00002-of-00005.safetensors").rename(folder / "elsewhere")
+    (part,) = folder.glob("model-00002-of-*.safetensors")
+    part.unlink()
     for load in (load_generator, TorchLASADGen.from_pretrained):
         with pytest.raises(FileNotFoundError, match="model-00002-of-"):
             load(folder)
@@ -319,7 +322,7 @@ print(tuple(codes.shape), tuple(images.shape), images.dtype)
 """
 
 
-def run(*arguments, cwd=ROOT, fails=False):
+def run(*arguments, cwd=ROOT):
     result = subprocess.run(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -328,8 +331,7 @@ def run(*arguments, cwd=ROOT, fails=False):
         check=False,
         env=environment(1),
     )
-    assert (result.returncode != 0) == fails, result.stderr
-    assert not fails or "Traceback" not in result.stderr
+    assert result.returncode == 0, result.stderr
     return result.stdout + result.stderr
 
 
@@ -375,10 +377,9 @@ def test_export_command_and_what_it_writes_alone(workdir, tmp_path):
     said = run("-c", ALONE % (str(ROOT), alone + blocks[-1]), cwd=out)
     assert said.split("\n")[0] == "(3, 64) (3, 8, 8) torch.uint8"
 
-    assert "FileExistsError: out: " in run(*export, fails=True)
     said = run(*export, "--force", "--raw", "--dtype=bfloat16", "--noverify", "--shard_gb=1e-5")
     assert "step 5 as bfloat16" in said and "verified: no" in said
-    assert (out / "model-00001-of-00002.safetensors").exists()
+    assert len(list(out.glob("model-*-of-*.safetensors"))) > 1
     kernel = load_generator(out)[1]["head"]["kernel"]
     np.testing.assert_array_equal(kernel, params["head"]["kernel"].astype(jnp.bfloat16))
     assert list(out.parent.iterdir()) == [out]

@@ -103,8 +103,9 @@ def _config(export: Export) -> dict[str, Any]:
 
 def _generation_config(sampling: SamplingConfig) -> dict[str, Any]:
     values = dataclasses.asdict(sampling)
-    # The name that transformers knows it by.
-    return {"guidance_scale": values.pop("guidance"), **values}
+    # Under the name that transformers knows, and with what it expects beside temperature.
+    guidance = {"guidance_scale": values.pop("guidance")}
+    return {"do_sample": sampling.temperature > 0, **guidance, **values}
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

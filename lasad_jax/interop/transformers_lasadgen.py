@@ -19,6 +19,17 @@ class LASADGenModel(PreTrainedModel):
 
     config_class = LASADGenConfig
     base_model_prefix = "model"
+    # Parts of parameters' names: all that `is_matrix` denies.
+    _keep_in_fp32_modules_strict = (
+        "norm",
+        "mixer_norm",
+        "ffn_norm",
+        "final_norm",
+        "rate",
+        "row_rate",
+        "column_rate",
+        "bias",
+    )
 
     def __init__(self, config: LASADGenConfig):
         super().__init__(config)
