@@ -393,3 +393,42 @@ def test_cards_name_what_was_exported():
     card = model_card("x", dataclasses.replace(softmax, class_names=None), None)
     assert "softmax attention" in card and "| verified | no |" in card
     assert f"(len(codes), {SMALL.codebook_dim}, 4, 5)" in card and "grey" not in card
+
+
+AUTO = """
+import sys
+import torch
+from transformers import AutoModel, logging
+
+logging.disable_progress_bar()
+torch.set_num_threads(1)
+for folder in sys.argv[1:]:
+    sys.path.insert(0, folder)
+    from modeling_lasadgen import LASADGen
+
+    auto = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    plain = LASADGen.from_pretrained(folder)
+    assert isinstance(auto.model, torch.nn.Module) and not auto.training
+    for name, parameter in plain.named_parameters():
+        found = auto.model.get_parameter(name)
+        assert found.dtype == parameter.dtype and torch.equal(found, parameter), name
+    codes, labels = torch.arange(40).reshape(2, 20) % 11, torch.tensor([1, 3])
+    assert torch.equal(auto(codes, labels), plain(codes, labels))
+    draw = lambda model, **options: model.generate(
+        labels, generator=torch.Generator().manual_seed(0), **options
+    )
+    assert torch.equal(draw(auto), draw(plain))
+    assert torch.equal(draw(auto, top_k=3), draw(plain, top_k=3))
+    assert not torch.equal(draw(auto, top_k=3), draw(plain))
+    print(auto.config.id2label[2], auto.generation_config.guidance_scale)
+"""
+
+
+def test_transformers_loads_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    whole = write(tmp_path / "a.b-c", make_export())
+    half = make_export(dtype="bfloat16", decay="manhattan", selective=False)
+    parts = write(tmp_path / "parts", half, shard_bytes=3000)
+    said = run("-c", AUTO, str(whole), str(parts), cwd=tmp_path)
+    assert said.count("class 2 1.5") == 2
