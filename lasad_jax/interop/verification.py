@@ -80,7 +80,8 @@ def verify(
         difference = float(np.max(np.abs(np.asarray(logits) - model(codes, labels).numpy())))
     if not difference <= TOLERANCE:  # true of nan as well
         raise ValueError(
-            f"verify: PyTorch's logits differ by {difference:.2g}, more than {TOLERANCE}"
+            f"verify: PyTorch's logits differ by {difference:.2g}, more than {TOLERANCE}; "
+            "--noverify exports without comparing"
         )
     same = drawn == model.generate(labels, temperature=0).numpy()
     if not same.all():
