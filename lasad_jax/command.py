@@ -1,4 +1,4 @@
-"""What every command shares: one line for an error, a compilation cache, quiet libraries."""
+"""What commands share: one line for an error, a compilation cache, quiet libraries, sizes."""
 
 import os
 import sys
@@ -43,6 +43,22 @@ def run(main: Callable[[], None]) -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lasad_jax"))
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def rows_and_columns(name: str, words: list[str]) -> tuple[int, int]:
+    """The value of a flag: two sizes, or one for both.
+
+    Args:
+      name: of the flag, for messages.
+      words: as `flags.DEFINE_list` gives them.
+
+    Raises:
+      ValueError: other words.
+    """
+    if not 1 <= len(words) <= 2 or not all(word.isdecimal() for word in words):
+        raise ValueError(f"{name}: {','.join(words)!r} must be rows,columns such as 16,24")
+    numbers = [int(word) for word in words]
+    return numbers[0], numbers[-1]
 
 
 def _join_processes() -> None:

@@ -20,7 +20,7 @@ import jax
 from absl import flags
 from jaxtyping import PyTree
 
-from lasad_jax.command import run
+from lasad_jax.command import rows_and_columns, run
 from lasad_jax.config import DataConfig
 from lasad_jax.config.sections import FITS, IMAGE_SOURCES
 from lasad_jax.data.codes import Job, store_job, write_codes
@@ -119,18 +119,11 @@ def _data_flags() -> dict[str, Any]:
         "directory": _DIRECTORY.value,
         "name": _NAME.value,
         "labels": _LABELS.value,
-        "image_size": None if _SIZE.value is None else _size(_SIZE.value),
+        "image_size": None if _SIZE.value is None else rows_and_columns("image_size", _SIZE.value),
         "fit": _FIT.value,
         "background": _BACKGROUND.value,
     }
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _size(words: list[str]) -> tuple[int, int]:
-    if not 1 <= len(words) <= 2 or not all(word.isdecimal() for word in words):
-        raise ValueError(f"image_size: {','.join(words)!r} must be rows,columns such as 256,384")
-    numbers = [int(word) for word in words]
-    return numbers[0], numbers[-1]
 
 
 def _ratios() -> tuple[float, ...]:

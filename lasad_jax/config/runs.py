@@ -83,10 +83,13 @@ class Config(RunConfig):
     Attributes:
       model: its architecture.
       sampling: how it draws, in training's sample grids and by default later.
+      init_from: a run directory whose parameters this run begins with, where their names and
+        shapes agree; "" initialises all. Nothing to a run that has a checkpoint of its own.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    init_from: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -127,3 +127,10 @@ def store_config(config: RunConfig, workdir: Path) -> None:
     """Writes config.json, making the folder if it is missing."""
     with whole_file(Path(workdir) / "config.json") as file:
         file.write_text(config_to_json(config))
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether there is a complete checkpoint of the run in `workdir`, if there is a run."""
+    if not (Path(workdir) / "checkpoints").is_dir():
+        return False
+    return Checkpoints(workdir, read_only=True).latest_step() is not None

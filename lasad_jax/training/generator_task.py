@@ -17,6 +17,8 @@ from lasad_jax.data.tokens import Codec, TokenData, check_run_tokens, load_token
 from lasad_jax.sampling.decode import balanced_labels, sample_tokens
 from lasad_jax.sampling.pictures import image_grid
 from lasad_jax.training import sharding
+from lasad_jax.training.checkpoints import has_checkpoint
+from lasad_jax.training.init_from import open_source
 from lasad_jax.training.state import TrainState, abstract_state, init_state
 from lasad_jax.training.step import make_eval_step, make_train_step
 from lasad_jax.training.task import Batch, Metrics
@@ -41,8 +43,12 @@ class GeneratorTask:
         return self.data.load_codec()
 
     def check(self, workdir: Path) -> None:
-        """Refuses tokens of another tokenizer than the run's."""
+        """Refuses tokens of another tokenizer than the run's, and a run to begin with that
+        cannot be.
+        """
         check_run_tokens(self.data, workdir)
+        if self.config.init_from and not has_checkpoint(workdir):
+            open_source(self.config)
 
     def store(self, workdir: Path) -> None:
         """The names of the classes and, for codes, the tokenizer."""
@@ -53,8 +59,13 @@ class GeneratorTask:
         return abstract_state(self.config, self._mesh)
 
     def init_state(self) -> TrainState:
-        """The state before the first step."""
-        return init_state(self.config, self._mesh)
+        """The state before the first step; says which parameters another run has given."""
+        if not self.config.init_from:
+            return init_state(self.config, self._mesh)
+        source = open_source(self.config)
+        if jax.process_index() == 0:
+            print(source.report())
+        return init_state(self.config, self._mesh, source.load(self._mesh))
 
     def train_step(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Takes one optimizer step; the old state is donated."""

@@ -1,12 +1,13 @@
 """What a run carries from step to step, and how it begins."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from flax import struct
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, PyTree
 
@@ -86,24 +87,40 @@ def unbox(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: x.value if is_box(x) else x, tree, is_leaf=is_box)
 
 
-def _new_state(config: Config, key: jax.Array) -> TrainState:
-    params = init_parameters(config.model, key)
+def abstract_state(config: Config, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state, nothing allocated."""
+    return abstract(lambda: _new_state(config, _init(config)), mesh)
+
+
+def init_state(config: Config, mesh: Mesh, given: Mapping[str, Array] | None = None) -> TrainState:
+    """The state before the first step, created where it will live.
+
+    Args:
+      config: of the run.
+      mesh: where the state is to live.
+      given: parameters that are not initialised, by name, such as "blocks/mixer/q/kernel".
+    """
+
+    def make(given):
+        params = flatten_dict(unbox(_init(config)), sep="/")
+        params |= {name: x.astype(params[name].dtype) for name, x in given.items()}
+        return _new_state(config, unflatten_dict(params, sep="/"))
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(make, out_shardings=shardings)(dict(given or {}))
+
+
+def _init(config: Config) -> PyTree:
+    return init_parameters(config.model, jax.random.key(config.seed))
+
+
+def _new_state(config: Config, params: PyTree) -> TrainState:
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=make_optimizer(config).init(params),
         ema=params if config.optimizer.ema_decay else None,
     )
-
-
-def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of the state, nothing allocated."""
-    return abstract(lambda: _new_state(config, jax.random.key(config.seed)), mesh)
-
-
-def init_state(config: Config, mesh: Mesh) -> TrainState:
-    """The state before the first step, created where it will live."""
-    return create(lambda: _new_state(config, jax.random.key(config.seed)), mesh)
 
 
 def abstract(make_state: Callable[[], PyTree], mesh: Mesh) -> PyTree:
