@@ -21,14 +21,19 @@ from lasad_jax.training.state import abstract_state, init_state
 STEP = 7
 
 
-def write_source(folder, **overrides):
-    """A run with random parameters and another average; returns the state of its checkpoint."""
-    config = tiny_config(**overrides)
-    rng = np.random.default_rng(3)
-    state = jax.tree.map(
+def random_state(config, seed):
+    """Random parameters and, where there is one, another average."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
         lambda x: rng.normal(size=x.shape).astype(x.dtype),
         abstract_state(config, one_device_mesh(config)),
     )
+
+
+def write_source(folder, **overrides):
+    """A run with one checkpoint; returns its state."""
+    config = tiny_config(**overrides)
+    state = random_state(config, 3)
     store_config(config, folder)
     with contextlib.closing(Checkpoints(folder)) as checkpoints:
         checkpoints.save(state, STEP, None)
@@ -173,7 +178,7 @@ def test_a_mesh_changes_nothing(source):
 
 def test_the_best_checkpoint_is_taken(tmp_path):
     config = tiny_config()
-    states = [init_state(tiny_config(seed=seed), one_device_mesh(config)) for seed in range(3)]
+    states = [random_state(config, seed) for seed in range(3)]
     store_config(config, tmp_path)
     with contextlib.closing(Checkpoints(tmp_path, keep_last=3)) as checkpoints:
         for step, (state, loss) in enumerate(zip(states, (2.0, 1.0, 3.0), strict=True)):
@@ -181,7 +186,7 @@ def test_the_best_checkpoint_is_taken(tmp_path):
     source = open_source(tiny_config(init_from=str(tmp_path)))
     assert source.step == 1
     loaded = source.load(one_device_mesh(config))
-    expected = flatten_dict(jax.device_get(states[1].ema), sep="/")
+    expected = flatten_dict(states[1].ema, sep="/")
     assert loaded.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_array_equal(loaded[name], value)
