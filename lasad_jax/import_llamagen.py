@@ -35,8 +35,8 @@ def import_llamagen(checkpoint: Path, tokenizer: Path, out: Path) -> None:
     if out.exists():
         raise FileExistsError(f"out: {out} exists already; remove it or give another folder")
     with whole_folder(out) as folder:
-        model, params = load_llamagen(checkpoint, grid=grid, num_heads=_HEADS.value)
         codes, codes_params = load_tokenizer(tokenizer)
+        model, params = load_llamagen(checkpoint, grid=grid, num_heads=_HEADS.value)
         if codes.codebook_size != model.vocab_size:
             raise ValueError(
                 f"tokenizer: {tokenizer} has {codes.codebook_size} codes, but {checkpoint} "
