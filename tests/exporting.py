@@ -3,11 +3,15 @@
 import jax
 import numpy as np
 import torch
+from jaxtyping import PyTree
 from test_models import tiny_model
+from torch_tokenizer import SMALL
 
 from lasad_jax.config import Config, SamplingConfig
 from lasad_jax.interop import modeling_lasadgen
 from lasad_jax.interop.export_folder import Export, write_export
+from lasad_jax.models.tokenizer import abstract_tokenizer
+from lasad_jax.models.tokenizer_config import TokenizerConfig
 
 # Several threads would wait for each other longer than such small products take.
 torch.set_num_threads(1)
@@ -39,6 +43,12 @@ def make_export(seed=0, dtype="float32", sampling=GUIDED, tokenizer=None, **chan
         tokenizer=tokenizer,
         dtype=dtype,
     )
+
+
+def random_tokenizer() -> tuple[TokenizerConfig, PyTree]:
+    rng = np.random.default_rng(0)
+    random = lambda x: rng.standard_normal(x.shape, np.float32)
+    return SMALL, jax.tree.map(random, abstract_tokenizer(SMALL))
 
 
 def write(folder, export: Export, shard_bytes: int = 10**9):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import torch
-from exporting import VARIANTS, make_export, random_codes, write
+from exporting import VARIANTS, make_export, random_codes, random_tokenizer, write
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 from test_models import tiny_model
@@ -27,7 +27,6 @@ from lasad_jax.interop.modeling_lasadgen import LASADGen as TorchLASADGen
 from lasad_jax.interop.tokenizer_files import load_tokenizer
 from lasad_jax.interop.verification import Verification, verify
 from lasad_jax.models import LASADGen
-from lasad_jax.models.tokenizer import abstract_tokenizer
 from lasad_jax.training.checkpoints import Checkpoints, store_config
 from lasad_jax.training.sharding import RULES
 from lasad_jax.training.state import init_state
@@ -160,13 +159,11 @@ def test_dtype_of_loading(exported):
 
 
 def test_the_tokenizer_comes_along(tmp_path):
-    rng = np.random.default_rng(0)
-    random = lambda x: rng.standard_normal(x.shape, np.float32)
-    params = jax.tree.map(random, abstract_tokenizer(SMALL))
-    folder = write(tmp_path / "out", make_export(tokenizer=(SMALL, params)))
+    tokenizer = random_tokenizer()
+    folder = write(tmp_path / "out", make_export(tokenizer=tokenizer))
     config, read = load_tokenizer(folder / "tokenizer.safetensors")
-    assert config == SMALL
-    same(read, params)
+    assert config == tokenizer[0]
+    same(read, tokenizer[1])
 
 
 # Refusals

@@ -124,8 +124,7 @@ def check_run_tokens(tokens: TokenData, workdir: Path) -> None:
 def store_run_tokens(tokens: TokenData, workdir: Path) -> None:
     """Puts beside a run's config.json what turns its tokens into labelled pictures."""
     workdir = Path(workdir)
-    with whole_file(workdir / _CLASSES_FILE) as file:
-        file.write_text(json.dumps(tokens.class_names) + "\n")
+    store_class_names(tokens.class_names, workdir)
     if tokens.tokenizer is not None and not (workdir / TOKENIZER_FILE).exists():
         with whole_file(workdir / TOKENIZER_FILE) as file:
             shutil.copyfile(tokens.tokenizer[0], file)
@@ -136,6 +135,12 @@ def load_run_codec(data: DataConfig, workdir: Path) -> Codec:
     if data.source == "codes":
         return TokenizerCodec(*load_tokenizer(Path(workdir) / TOKENIZER_FILE))
     return PixelCodec(data.levels)
+
+
+def store_class_names(class_names: tuple[str, ...], workdir: Path) -> None:
+    """Writes the names of a run's classes."""
+    with whole_file(Path(workdir) / _CLASSES_FILE) as file:
+        file.write_text(json.dumps(class_names) + "\n")
 
 
 def load_class_names(workdir: Path) -> tuple[str, ...] | None:

@@ -1,4 +1,4 @@
-"""An exported generator's folder: what is in it beside the weights."""
+"""An exported generator's folder: what is in it beside the weights, written and read."""
 
 import dataclasses
 import json
@@ -20,6 +20,7 @@ from lasad_jax.interop.tokenizer_files import save_tokenizer
 from lasad_jax.models.tokenizer_config import TokenizerConfig
 
 # Copied as they are: the model in plain PyTorch, and what transformers asks for around it.
+_SAMPLING_FILE = "generation_config.json"
 _CODE = ("modeling_lasadgen.py", "transformers_lasadgen.py")
 
 
@@ -77,11 +78,35 @@ def write_export(folder: Path, export: Export, *, shard_bytes: int) -> None:
     model = export.config.model
     save_weights(folder, model, export.params, dtype=export.dtype, shard_bytes=shard_bytes)
     _write_json(folder / CONFIG_FILE, _config(export))
-    _write_json(folder / "generation_config.json", _generation_config(export.config.sampling))
+    _write_json(folder / _SAMPLING_FILE, _generation_config(export.config.sampling))
     for name in _CODE:
         shutil.copyfile(Path(__file__).with_name(name), folder / name)
     if export.tokenizer is not None:
         save_tokenizer(folder / TOKENIZER_FILE, *export.tokenizer)
+
+
+def read_sampling(folder: str | Path) -> SamplingConfig:
+    """How codes are drawn by default from an exported generator.
+
+    Raises:
+      ValueError: a file that does not say it, or a value that is none.
+    """
+    path = Path(folder) / _SAMPLING_FILE
+    if not path.exists():
+        return SamplingConfig()
+    try:
+        values = json.loads(path.read_text())
+        values["guidance"] = values.pop("guidance_scale", SamplingConfig.guidance)
+        names = {field.name for field in dataclasses.fields(SamplingConfig)}
+        return SamplingConfig(**{name: x for name, x in values.items() if name in names})
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"generator: {path} says no way to sample ({error})") from error
+
+
+def read_class_names(folder: str | Path) -> tuple[str, ...] | None:
+    """The names of an exported generator's classes, of which config.json was read before."""
+    names = json.loads((Path(folder) / CONFIG_FILE).read_text()).get("id2label")
+    return None if names is None else tuple(names[key] for key in sorted(names, key=int))
 
 
 def _config(export: Export) -> dict[str, Any]:

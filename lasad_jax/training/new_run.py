@@ -8,7 +8,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import PyTree
 
 from lasad_jax.config import Config, MeshConfig
-from lasad_jax.data.tokens import TOKENIZER_FILE
+from lasad_jax.data.tokens import TOKENIZER_FILE, store_class_names
 from lasad_jax.interop.tokenizer_files import save_tokenizer
 from lasad_jax.models.tokenizer_config import TokenizerConfig
 from lasad_jax.training.checkpoints import Checkpoints, store_config
@@ -21,6 +21,7 @@ def write_run(
     config: Config,
     params: PyTree,
     tokenizer: tuple[TokenizerConfig, PyTree] | None = None,
+    class_names: tuple[str, ...] | None = None,
 ) -> None:
     """Fills a run directory: a state at step 0 that has these parameters, as their average too.
 
@@ -29,10 +30,13 @@ def write_run(
       config: of the run.
       params: of its `LASADGen`, all of them.
       tokenizer: of its codes, for a run on codes.
+      class_names: one for each class, if known.
     """
     store_config(config, workdir)
     if tokenizer is not None:
         save_tokenizer(workdir / TOKENIZER_FILE, *tokenizer)
+    if class_names is not None:
+        store_class_names(class_names, workdir)
     # Split over what devices there are: large models may not fit on one.
     mesh = make_mesh(MeshConfig(data=1, fsdp=-1), jax.local_devices())
     with contextlib.closing(Checkpoints(workdir)) as checkpoints:
