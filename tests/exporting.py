@@ -32,6 +32,11 @@ VARIANTS = [
 ]
 
 
+def same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
 def make_export(seed=0, dtype="float32", sampling=GUIDED, tokenizer=None, **changes) -> Export:
     model, variables, _, _ = tiny_model(seed, **changes)
     return Export(

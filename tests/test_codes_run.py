@@ -3,11 +3,11 @@
 import json
 import re
 import shutil
-import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from processes import command
 from tiny import one_device_mesh, tiny_config
 from tokenizing import (
     CLASSES,
@@ -15,7 +15,6 @@ from tokenizing import (
     SIZE,
     VOCAB_SIZE,
     random_picture,
-    run,
     tokenize,
     write_images,
     write_tokenizer,
@@ -84,8 +83,7 @@ def trained(top, codes):
 
 
 def sample(workdir, *flags, fails=False):
-    command = [sys.executable, "-m", "lasad_jax.sample", f"--workdir={workdir}"]
-    return run([*command, *map(str, flags)], fails=fails)
+    return command("sample", f"--workdir={workdir}", *flags, fails=fails)
 
 
 def read(path):

@@ -1,12 +1,10 @@
 """Runs made of exported folders."""
 
-import sys
-
 import jax
 import numpy as np
 import pytest
 from exporting import make_export, random_tokenizer, write
-from tokenizing import run
+from processes import command
 
 from lasad_jax.config import load_config
 from lasad_jax.data.tokens import TOKENIZER_FILE, load_class_names
@@ -15,10 +13,6 @@ from lasad_jax.interop.tokenizer_files import fingerprint
 from lasad_jax.training.checkpoints import Checkpoints
 from lasad_jax.training.sharding import make_mesh
 from lasad_jax.training.state import abstract_state
-
-
-def command(name, *flags, fails=False):
-    return run([sys.executable, "-m", f"lasad_jax.{name}", *flags], fails=fails)
 
 
 @pytest.mark.parametrize("with_tokenizer", [True, False])

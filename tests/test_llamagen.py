@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -13,8 +12,9 @@ import pytest
 import safetensors.numpy
 import torch
 import torch.nn.functional as F  # noqa: N812
+from processes import command
 from tiny import tiny_config, tokens_and_labels
-from tokenizing import VOCAB_SIZE, run, write_tokenizer
+from tokenizing import VOCAB_SIZE, write_tokenizer
 from torch_llamagen import LlamaGen, random_llamagen
 
 from lasad_jax.config import SamplingConfig, load_config
@@ -211,10 +211,6 @@ def imported(tmp_path_factory):
     said = command("import_llamagen", *flags)
     assert "2 layers of width 16 with 2 heads, 0.0M parameters, 10 classes, 16 codes" in said
     return reference, flags, top / "runs" / "a"
-
-
-def command(name, *flags, fails=False):
-    return run([sys.executable, "-m", f"lasad_jax.{name}", *map(str, flags)], fails=fails)
 
 
 def test_a_run_holds_the_parameters_and_nothing_was_left_beside_it(imported):

@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from processes import call
 from small_codes import files_of
 from tiny import ROOT, environment, tiny_config
 from tokenizing import (
     CLASSES,
     GRID,
     SIZE,
-    command,
     random_picture,
     read_records,
     tokenize,
@@ -127,7 +127,10 @@ def kill_at_work(flags, out, delay):
     """Kills the command a little after it has begun to write; it must still be at work."""
     before = set(out.iterdir()) if out.exists() else set()
     process = subprocess.Popen(
-        command(*flags, f"--out={out}"), cwd=ROOT, env=environment(1), stderr=subprocess.DEVNULL
+        call("tokenize", *flags, f"--out={out}"),
+        cwd=ROOT,
+        env=environment(1),
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
     while not any(".arrayrecord" in p.name for p in set(ls(out)) - before):
@@ -171,7 +174,7 @@ def test_two_processes_write_the_files_of_one(top, flags, whole):
         port = free.getsockname()[1]
     processes = [
         subprocess.Popen(
-            command(*flags, f"--out={out}", "--distributed"),
+            call("tokenize", *flags, f"--out={out}", "--distributed"),
             cwd=ROOT,
             env=environment(1)
             | {

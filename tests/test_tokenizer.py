@@ -75,7 +75,8 @@ def test_llamagen_tokenizers_agree_with_pytorch(tmp_path, config, size):
     ("multipliers", "channels", "shape"),
     [
         ((1, 1), 1, (3, 6, 10)),
-        ((1, 2), 3, (2, 2, 2)),
+        # Not (2, 2, 2): a norm of two numbers, which PyTorch itself rounds by 7e-4.
+        ((1, 2), 3, (2, 4, 2)),
         ((2, 1, 1), 1, (2, 4, 28)),
         ((1, 2, 1, 3), 3, (1, 24, 8)),
         ((1,), 3, (2, 1, 1)),  # a pixel; a single one PyTorch's norm refuses

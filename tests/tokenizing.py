@@ -1,14 +1,12 @@
 """The tokenize command on a few random colour images, with a tokenizer that is not trained."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 from PIL import Image
-from tiny import ROOT, environment
+from processes import command
 from tiny_tokenizer import tiny_tokenizer_config
 
 from lasad_jax.data.codes import read_manifest
@@ -48,28 +46,8 @@ def random_picture(rng: np.random.Generator, size: tuple[int, int]) -> np.ndarra
     return np.clip(picture + rng.integers(-20, 21, picture.shape), 0, 255).astype(np.uint8)
 
 
-def command(*flags) -> list[str]:
-    return [sys.executable, "-m", "lasad_jax.tokenize", *map(str, flags)]
-
-
-def run(command: list[str], *, fails: bool = False) -> str:
-    """What a command says, which must be no traceback; it must fail or must not."""
-    result = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(1),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert (result.returncode != 0) == fails, result.stderr
-    assert "Traceback" not in result.stderr, result.stderr
-    return result.stdout + result.stderr
-
-
 def tokenize(*flags, fails: bool = False) -> str:
-    return run(command(*flags), fails=fails)
+    return command("tokenize", *flags, fails=fails)
 
 
 def read_records(out: Path, split: str) -> np.ndarray:
