@@ -8,105 +8,50 @@ Images are kept in OUT.parts, batch by batch, until all are there. Running the s
 again goes on where it was stopped.
 """
 
-import dataclasses
-import functools
 from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
-from flax import linen as nn
 
 from lasad_jax.command import run
 from lasad_jax.config import Config, load_config
 from lasad_jax.data.tokens import Codec, load_class_names, load_run_codec
-from lasad_jax.sampling.decode import balanced_labels, sample_batches
-from lasad_jax.sampling.job import Job, digest, draw_parts, fingerprint
-from lasad_jax.sampling.pictures import image_grid
-from lasad_jax.training import sharding
-from lasad_jax.training.checkpoints import restore_parameters
+from lasad_jax.sampling.decode import balanced_labels
+from lasad_jax.sampling.flags import BATCH, RAW, SEED, STEP, with_flags
+from lasad_jax.sampling.run import GeneratorRun
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Path of the results without ending; in the run if unset.")
 _NUM = flags.DEFINE_integer("num", 100, "Number of images, balanced over the classes.", 1)
 _CLASSES = flags.DEFINE_list("classes", None, "Classes to draw, by number or name; all if unset.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the images.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint; the best by held-out loss if unset.")
-_RAW = flags.DEFINE_bool("raw", False, "Use the parameters themselves, not their average.")
-_BATCH = flags.DEFINE_integer("batch_size", 128, "Images drawn, and kept, at a time.", 1)
 _COMPLETE = flags.DEFINE_string("complete", None, "An .npz of images (arr_0) to complete.")
 _ROWS = flags.DEFINE_integer("rows", None, "Rows of tokens of --complete to keep.")
-_GUIDANCE = flags.DEFINE_float("guidance", None, "Guidance scale; as configured if unset.")
-_SCHEDULE = flags.DEFINE_string("guidance_schedule", None, "constant, linear or power-cosine.")
-_POWER = flags.DEFINE_float("guidance_power", None, "Exponent of power-cosine.")
-_TEMPERATURE = flags.DEFINE_float("temperature", None, "Temperature; 0 for the likeliest.")
-_TOP_K = flags.DEFINE_integer("top_k", None, "Draw among the k likeliest codes; 0 for all.")
-_TOP_P = flags.DEFINE_float("top_p", None, "Draw among codes of total probability p.")
 
 
 def sample(workdir: Path) -> None:
     """Draws what the flags ask for and writes it."""
-    config = load_config(workdir)
-    overrides = {
-        "guidance": _GUIDANCE.value,
-        "guidance_schedule": _SCHEDULE.value,
-        "guidance_power": _POWER.value,
-        "temperature": _TEMPERATURE.value,
-        "top_k": _TOP_K.value,
-        "top_p": _TOP_P.value,
-    }
-    overrides = {name: value for name, value in overrides.items() if value is not None}
-    sampling = dataclasses.replace(config.sampling, **overrides)
-    codec, class_names = load_run_codec(config.data, workdir), load_class_names(workdir)
+    config, class_names = load_config(workdir), load_class_names(workdir)
+    sampling = with_flags(config.sampling)
     labels, given = _labels(config, class_names), None
     if _COMPLETE.value:
+        codec = load_run_codec(config.data, workdir)
         labels, given = _given(config, codec, Path(_COMPLETE.value), labels)
-
-    mesh = sharding.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        params, step = restore_parameters(config, workdir, mesh, step=_STEP.value, raw=_RAW.value)
-        identity = {
-            "step": step,
-            "parameters": f"{'raw' if _RAW.value else 'average'} {fingerprint(params)}",
-            "seed": _SEED.value,
-            "num": len(labels),
-            "labels": digest(labels),
-            "given": "none" if given is None else f"{given.shape[1]} codes {digest(given)}",
-            "batch_size": _BATCH.value,
-        } | dataclasses.asdict(sampling)
-        out = Path(_OUT.value or workdir / "samples" / f"sample_{step:07d}_seed{_SEED.value}")
-        job = Job(out, labels, _BATCH.value, identity)
-        if job.is_finished():
-            _say(f"these {len(labels)} images are there already: {job.png}, {job.npz}")
-            return
-        draw = functools.partial(
-            sample_batches,
-            config.model,
-            params,
-            labels,
-            sampling=sampling,
-            seed=_SEED.value,
-            mesh=mesh,
-            batch_size=_BATCH.value,
-            given=given,
-        )
-        draw_parts(job, draw, lambda tokens: codec.decode(tokens, config.model.grid))
-    if jax.process_index() == 0:
-        shown = _shown(labels)
-        job.finish(image_grid(job.read_images(shown), labels[shown], class_names=class_names))
-    _say(f"{len(labels)} images of step {step}: {job.png}, {job.npz}")
+    generator = GeneratorRun.open(workdir, step=STEP.value, raw=RAW.value)
+    out = Path(_OUT.value or workdir / "samples" / f"sample_{generator.step:07d}_seed{SEED.value}")
+    job = generator.job(
+        out, labels, sampling=sampling, seed=SEED.value, batch_size=BATCH.value, given=given
+    )
+    if job.is_finished():
+        _say(f"these {len(labels)} images are there already: {job.png}, {job.npz}")
+        return
+    generator.draw(job, given)
+    _say(f"{len(labels)} images of step {generator.step}: {job.png}, {job.npz}")
 
 
 def _say(line: str) -> None:
     if jax.process_index() == 0:
         print(line)
-
-
-def _shown(labels: np.ndarray, most: int = 200) -> np.ndarray:
-    """Indices of the images for the picture: the first of every class, as many as fit."""
-    classes, counts = np.unique(labels, return_counts=True)
-    each = min(counts.max(), max(1, most // len(classes)))
-    return np.concatenate([np.flatnonzero(labels == c)[:each] for c in classes])[:most]
 
 
 def _labels(config: Config, class_names: tuple[str, ...] | None) -> np.ndarray:
