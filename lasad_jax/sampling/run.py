@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 
@@ -60,6 +61,12 @@ class GeneratorRun:
         with _on(mesh):
             params, step = restore_parameters(config, workdir, mesh, step=step, raw=raw)
         return cls(config, workdir, mesh, params, step, raw, codec, class_names)
+
+    @functools.cached_property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Rows, columns and channels of the images it draws."""
+        tokens = np.zeros((1, self.config.model.num_tokens), np.int32)
+        return self.codec.decode(tokens, self.config.model.grid).shape[1:]
 
     @functools.cached_property
     def parameters(self) -> str:
@@ -119,6 +126,8 @@ class GeneratorRun:
             shown = _shown(job.labels)
             images, labels = job.read_images(shown), job.labels[shown]
             job.finish(image_grid(images, labels, class_names=self.class_names))
+        # Whoever reads the results next finds them there.
+        multihost_utils.sync_global_devices("drawn")
 
 
 def _shown(labels: Int[np.ndarray, " num"], most: int = 200) -> Int[np.ndarray, " shown"]:
