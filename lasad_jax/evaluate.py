@@ -2,7 +2,7 @@
 
     python -m lasad_jax.evaluate --workdir=runs/fashion --num=10000
     python -m lasad_jax.evaluate --workdir=runs/fashion --sweep=1,1.5,2,3 --num=10000
-    python -m lasad_jax.evaluate --samples=FILE.npz --inception=pt_inception-2015-12-05-6726825d.pth \\
+    python -m lasad_jax.evaluate --samples=FILE.npz --inception=WEIGHTS.pth \\
         --reference=VIRTUAL_imagenet256_labeled.npz
 
 With --workdir the images are drawn, class-balanced, and going on where they were stopped;
@@ -90,7 +90,11 @@ def _evaluate_file(path: Path) -> None:
         raise ValueError(f"{drawing[0]}: nothing is drawn with --samples; leave out one of them")
     samples = Samples.of_file(path)
     evaluator = _evaluator(
-        samples.images.shape, len(samples.images), samples.labels is not None, samples.comment
+        samples.images.shape,
+        len(samples.images),
+        "samples",
+        samples.labels is not None,
+        samples.comment,
     )
     _finish(evaluator, evaluator.measure(samples), _out(path.stem))
 
@@ -98,7 +102,7 @@ def _evaluate_file(path: Path) -> None:
 def _evaluate_run(workdir: Path) -> None:
     scales = _scales()
     generator = GeneratorRun.open(workdir, step=STEP.value, raw=RAW.value)
-    evaluator = _evaluator(generator.image_shape, _NUM.value, True, {})
+    evaluator = _evaluator(generator.image_shape, _NUM.value, "num", True, {})
     sampling = with_flags(generator.config.sampling)
     # In turns, so that any stretch of the images has all classes.
     labels = np.arange(_NUM.value, dtype=np.int32) % generator.config.model.num_classes
@@ -142,11 +146,16 @@ def _evaluate_run(workdir: Path) -> None:
 
 
 def _evaluator(
-    shape: tuple[int, int, int], count: int, labelled: bool, comment: Mapping[str, Any]
+    shape: tuple[int, int, int],
+    count: int,
+    count_field: str,
+    labelled: bool,
+    comment: Mapping[str, Any],
 ) -> Evaluator:
     return Evaluator(
         shape,
         count=count,
+        count_field=count_field,
         labelled=labelled,
         cache=_cache(),
         protocol=_PROTOCOL.value or comment.get("protocol", "generation"),

@@ -83,13 +83,31 @@ class Config(RunConfig):
     Attributes:
       model: its architecture.
       sampling: how it draws, in training's sample grids and by default later.
+      metrics_every: steps between measurements of drawn images against the training images, by
+        a classifier of these or by Inception; 0 for never.
+      metrics_num: images to draw for one, balanced over the classes.
+      metrics: some of "fid", "sfid", "inception_score", "precision_recall", "kid",
+        "class_agreement"; () for all that can be had.
+      inception: file of Inception's weights; "" for the classifier.
+      reference: an .npz to compare with, of training images, such as ADM's; "" for the run's
+        own training images.
       init_from: a run directory whose parameters this run begins with, where their names and
         shapes agree; "" initialises all. Nothing to a run that has a checkpoint of its own.
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    metrics_every: int = 0
+    metrics_num: int = 1000
+    metrics: tuple[str, ...] = ()
+    inception: str = ""
+    reference: str = ""
     init_from: str = ""
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_least("config", self, 0, "metrics_every")
+        at_least("config", self, 1, "metrics_num")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Evaluator:
 
     Args:
       shape: rows, columns and channels of the samples.
-      count: the number of samples.
+      count: the number of samples; `count_field` names it in messages.
       labelled: their classes are known.
       cache: a folder for what is computed once.
       protocol: "generation" or "reconstruction".
@@ -98,6 +98,7 @@ class Evaluator:
         count: int,
         labelled: bool,
         cache: Path,
+        count_field: str = "samples",
         protocol: str = "generation",
         real: Callable[[], RealImages],
         split: str | None = None,
@@ -140,7 +141,7 @@ class Evaluator:
             self.extractor, self._accuracy = trained.extractor, trained.accuracy
         self._extraction = Extraction(self.extractor)
         dims = self._extraction.dims(self._shape)
-        check_count(count, dims, self.metrics, what="samples", force=force)
+        check_count(count, dims, self.metrics, field=count_field, force=force)
         # ---- The reference
         options = {"shape": self._shape, "most_kept": most_kept, "progress": progress}
         if not _WITH_REFERENCE & set(self.metrics):

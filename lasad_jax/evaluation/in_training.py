@@ -8,13 +8,8 @@ from jaxtyping import Int
 from lasad_jax.config import Config
 from lasad_jax.data.tokens import Codec
 from lasad_jax.evaluation import real_images
-from lasad_jax.evaluation.evaluator import CLASSIFIER_FILE
-from lasad_jax.evaluation.extract import Extraction, MadeImages
-from lasad_jax.evaluation.measure import check_count, choose_metrics, measure, see
-from lasad_jax.evaluation.protocol import check_meaningful
-from lasad_jax.evaluation.reference import check_shapes, reference_of_split
-from lasad_jax.evaluation.report import name_metrics
-from lasad_jax.interop.inception_files import load_inception
+from lasad_jax.evaluation.evaluator import Evaluator, Samples
+from lasad_jax.evaluation.extract import MadeImages
 
 # Of a run: its classifier, features of its real images, and what was measured.
 FOLDER = "evaluation"
@@ -38,22 +33,19 @@ class TrainingMetrics:
 
     def __init__(self, config: Config, workdir: Path, codec: Codec):
         self._config, self._codec = config, codec
-        folder, real = Path(workdir) / FOLDER, real_images.of_run(config, workdir)
-        shape = real.shape("train")
-        if config.inception:
-            check_meaningful("inception", shape)
-            extractor = load_inception(config.inception)
-        else:
-            extractor = real.classifier(folder / CLASSIFIER_FILE).extractor
-        self._extraction = Extraction(extractor)
-        self._metrics = choose_metrics(
-            config.metrics or None, kind=extractor.kind, labelled=True, spatial=True, images=True
+        self._shape = self._decode(np.zeros((1, config.model.num_tokens), np.int32)).shape[1:]
+        self._evaluator = Evaluator(
+            self._shape,
+            count=config.metrics_num,
+            count_field="config.metrics_num",
+            labelled=True,
+            cache=Path(workdir) / FOLDER,
+            real=lambda: real_images.of_run(config, workdir),
+            reference=Path(config.reference) if config.reference else None,
+            reference_split="train",
+            inception=Path(config.inception) if config.inception else None,
+            metrics=config.metrics or None,
         )
-        check_count(
-            config.metrics_num, self._extraction.dims(shape), self._metrics, what="metrics_num"
-        )
-        self._shape = shape
-        self._reference = reference_of_split(real, "train", self._extraction, folder)
 
     def __call__(
         self, tokens: Int[np.ndarray, "num N"], labels: Int[np.ndarray, " num"]
@@ -62,11 +54,10 @@ class TrainingMetrics:
 
         Images are decoded as they are looked at.
         """
-        grid, kind = self._config.model.grid, self._extraction.extractor.kind
-        shape = self._codec.decode(tokens[:1], grid).shape[1:]
-        check_shapes(self._shape, shape)
-        images = MadeImages(
-            len(tokens), shape, lambda first, last: self._codec.decode(tokens[first:last], grid)
-        )
-        seen = see(self._extraction, images, labels, metrics=self._metrics)
-        return name_metrics(measure(seen, self._reference, self._metrics), kind)
+        read = lambda first, last: self._decode(tokens[first:last])
+        images = MadeImages(len(tokens), self._shape, read)
+        described = {"name": "samples", "fingerprint": "", "num_images": len(tokens)}
+        return dict(self._evaluator.measure(Samples(images, labels, described, {})).metrics)
+
+    def _decode(self, tokens: Int[np.ndarray, "n N"]) -> np.ndarray:
+        return self._codec.decode(tokens, self._config.model.grid)

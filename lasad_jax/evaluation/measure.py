@@ -147,7 +147,12 @@ def choose_metrics(
 
 
 def check_count(
-    count: int, dims: Features, metrics: Sequence[str], *, what: str = "images", force: bool = False
+    count: int,
+    dims: Features,
+    metrics: Sequence[str],
+    *,
+    field: str = "samples",
+    force: bool = False,
 ) -> None:
     """Refuses too few images for a covariance, before any is drawn or looked at.
 
@@ -155,7 +160,7 @@ def check_count(
       count: of images.
       dims: sizes of their features.
       metrics: that are asked for.
-      what: the images are, for the message.
+      field: that says how many, for the message.
       force: only refuse what cannot be computed.
 
     Raises:
@@ -166,7 +171,7 @@ def check_count(
         if name in metrics and count < least:
             rest = [metric for metric in metrics if metric not in ("fid", "sfid")]
             raise ValueError(
-                f"{what}: {count} are too few for {name}: the covariance of {dim} features is "
+                f"{field}: {count} are too few for {name}: the covariance of {dim} features is "
                 f"singular below {dim + 1} images, and the distance too high; take at least that "
                 f"(50,000 are usual), or leave it out (metrics={','.join(rest) or METRICS[-1]}); "
                 "lasad_jax.evaluate also takes --force"

@@ -63,8 +63,8 @@ class Report:
         number = lambda value: f"{value:.4f}" if abs(value) < 100 else f"{value:.2f}"
         rows = [("images", f"{self.samples['num_images']}")]
         for name, value in self.metrics.items():
-            if not name.endswith("_std"):
-                spread = self.metrics.get(name.replace(f"_{kind}", f"_std_{kind}"))
+            if not name.endswith(f"_std_{kind}"):
+                spread = self.metrics.get(f"{name.removesuffix(kind)}std_{kind}")
                 shown = number(value) if spread is None else f"{number(value)} ± {number(spread)}"
                 rows.append((display_name(name), shown))
         if "accuracy" in self.features:

@@ -8,12 +8,13 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 from PIL import Image
 
 from lasad_jax.config import Config
 from lasad_jax.data.loader import held_out_batches, train_batches
 from lasad_jax.data.tokens import Codec, TokenData, check_run_tokens, load_tokens, store_run_tokens
+from lasad_jax.evaluation.in_training import TrainingMetrics
 from lasad_jax.sampling.decode import balanced_labels, sample_tokens
 from lasad_jax.sampling.pictures import image_grid
 from lasad_jax.training import sharding
@@ -33,6 +34,7 @@ class GeneratorTask:
 
     def __init__(self, config: Config, mesh: Mesh):
         self.config, self._mesh = config, mesh
+        self.measure_every, self._measure = config.metrics_every, None
         self.data = load_tokens(config.data)
         check_model(config, self.data)
         self._train_step = jax.jit(make_train_step(config), donate_argnums=0)
@@ -53,6 +55,11 @@ class GeneratorTask:
     def store(self, workdir: Path) -> None:
         """The names of the classes and, for codes, the tokenizer."""
         store_run_tokens(self.data, workdir)
+
+    def prepare(self, workdir: Path) -> None:
+        """A network to measure samples by, and the real images as it sees them."""
+        if self.measure_every:
+            self._measure = TrainingMetrics(self.config, workdir, self._codec)
 
     def abstract_state(self) -> TrainState:
         """Shapes, dtypes and shardings of the state."""
@@ -96,20 +103,26 @@ class GeneratorTask:
         nats = float(total / count)
         return {"held_out_nats_per_token": nats, "held_out_bits_per_token": nats / math.log(2)}
 
+    def measure(self, state: TrainState) -> dict[str, float]:
+        """Metrics of samples of every class, by the names of `lasad_jax.evaluate`'s reports."""
+        labels = balanced_labels(self.config.metrics_num, self.config.model.num_classes)
+        return self._measure(self._draw(state, labels), labels)
+
     def picture(self, state: TrainState) -> Image.Image:
         """Samples of every class, or of as many as there are samples."""
-        config = self.config
-        labels = balanced_labels(config.num_samples, config.model.num_classes)
-        tokens = sample_tokens(
-            config.model,
+        labels = balanced_labels(self.config.num_samples, self.config.model.num_classes)
+        images = self._codec.decode(self._draw(state, labels), self.config.model.grid)
+        return image_grid(images, labels, class_names=self.data.class_names)
+
+    def _draw(self, state: TrainState, labels: Int[np.ndarray, " num"]) -> Int[np.ndarray, "num N"]:
+        return sample_tokens(
+            self.config.model,
             state.best_params,
             labels,
-            sampling=config.sampling,
-            seed=config.seed,
+            sampling=self.config.sampling,
+            seed=self.config.seed,
             mesh=self._mesh,
         )
-        images = self._codec.decode(tokens, config.model.grid)
-        return image_grid(images, labels, class_names=self.data.class_names)
 
 
 def check_model(config: Config, data: TokenData) -> None:

@@ -47,6 +47,7 @@ def train(config: RunConfig, workdir: Path) -> None:
     if first:
         store_config(config, workdir)
         task.store(workdir)
+    task.prepare(workdir)
     checkpoints = Checkpoints(workdir, keep_last=config.keep_last)
     start = checkpoints.latest_step()
     # Closed however the loop ends: a checkpoint may still be on its way to disk.
@@ -73,9 +74,9 @@ def train(config: RunConfig, workdir: Path) -> None:
             due = lambda every, step=step, last=last: every and (step % every == 0 or last)
 
             saving, sampling = due(config.save_every), due(config.sample_every)
-            evaluating = due(config.eval_every)
+            evaluating, measuring = due(config.eval_every), due(task.measure_every)
             row = {}
-            if due(config.log_every) or saving or evaluating or sampling:
+            if due(config.log_every) or saving or evaluating or sampling or measuring:
                 # Here alone the host waits for the device: a bad step is known before its
                 # parameters can reach a checkpoint, and no step is timed with what follows.
                 values = jax.device_get(pending)
@@ -89,6 +90,8 @@ def train(config: RunConfig, workdir: Path) -> None:
             if evaluating:
                 row |= task.evaluate(state)
                 evaluated = row[task.objective]
+            if measuring:
+                row |= task.measure(state)
             if row and metrics:
                 metrics.scalars(step, row)
             if saving:
@@ -98,7 +101,7 @@ def train(config: RunConfig, workdir: Path) -> None:
                 if metrics:
                     metrics.picture(step, "samples", picture)
                     write_png(workdir / "samples" / f"step_{step:07d}.png", picture)
-            if evaluating or sampling:
+            if evaluating or sampling or measuring:
                 since = time.monotonic()
         bar.close()
 

@@ -22,17 +22,22 @@ class Task(Protocol):
       objective: name of the held-out figure that ranks checkpoints; lower is better.
       curves: metric -> its legend in the picture of losses.
       unit: of those curves.
+      measure_every: steps between measurements of what it draws; 0 for never.
     """
 
     objective: str
     curves: dict[str, str]
     unit: str
+    measure_every: int
 
     def check(self, workdir: Path) -> None:
         """Refuses to go on with a run that was made with other data."""
 
     def store(self, workdir: Path) -> None:
         """Puts what later use of the run needs beside its config.json."""
+
+    def prepare(self, workdir: Path) -> None:
+        """Makes what takes long and is made once, before the first step."""
 
     def abstract_state(self) -> PyTree:
         """Shapes, dtypes and shardings of the state."""
@@ -51,6 +56,9 @@ class Task(Protocol):
 
     def evaluate(self, state: PyTree) -> dict[str, float]:
         """Held-out figures, among them `objective`."""
+
+    def measure(self, state: PyTree) -> dict[str, float]:
+        """How good what it draws is."""
 
     def picture(self, state: PyTree) -> Image.Image:
         """What a person looks at during training."""

@@ -36,6 +36,7 @@ class TokenizerTask:
     objective = "held_out_reconstruction"
     curves = {"reconstruction": "training", "held_out_reconstruction": "held out"}  # noqa: RUF012
     unit = "reconstruction loss"
+    measure_every = 0  # `evaluate` measures all that there is
 
     def __init__(self, config: TokenizerRunConfig, mesh: Mesh):
         self.config, self._mesh = config, mesh
@@ -68,6 +69,9 @@ class TokenizerTask:
 
     def store(self, workdir: Path) -> None:
         """Nothing: config.json and the checkpoints are all that it needs."""
+
+    def prepare(self, workdir: Path) -> None:
+        """Nothing."""
 
     def abstract_state(self) -> TokenizerState:
         """Shapes, dtypes and shardings of the state."""
@@ -114,6 +118,10 @@ class TokenizerTask:
             "held_out_codebook_usage": float(usage),
             "held_out_codebook_perplexity": float(perplexity),
         }
+
+    def measure(self, state: TokenizerState) -> dict[str, float]:
+        """Nothing."""
+        return {}
 
     def picture(self, state: TokenizerState) -> Image.Image:
         """Held-out images, each beside its reconstruction."""
