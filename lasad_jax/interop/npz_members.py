@@ -28,7 +28,8 @@ def open_npz(path: str | Path, field: str) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(path) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
+        # RuntimeError: a turned bit says that the file is encrypted or compressed otherwise.
         raise ValueError(
             f"{field}={path} is no whole .npz file ({error}); copy or write it once more"
         ) from error
