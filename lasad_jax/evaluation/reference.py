@@ -16,7 +16,7 @@ from lasad_jax.evaluation.measure import MOST_KEPT, Reference, see
 from lasad_jax.evaluation.moments import Moments
 from lasad_jax.evaluation.real_images import RealImages
 from lasad_jax.files import whole_file
-from lasad_jax.interop.adm_files import read_statistics
+from lasad_jax.interop.adm_files import Statistics, new_member, read_statistics, write_statistics
 
 
 def reference_of_file(
@@ -24,7 +24,7 @@ def reference_of_file(
     split: str,
     extraction: Extraction,
     *,
-    shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, int, int],
     most_kept: int = MOST_KEPT,
     progress: bool = True,
 ) -> Reference:
@@ -58,7 +58,7 @@ def reference_of_file(
     statistics = None
     if kind == "inception" and has_statistics:
         statistics = read_statistics(path)
-        dims = extraction.dims(shape or (299, 299, 3))
+        dims = extraction.dims(shape)
         if len(statistics.pooled.mean) != dims.pooled:
             raise ValueError(
                 f"reference: {path} has a mean of {len(statistics.pooled.mean)} features, but "
@@ -83,14 +83,14 @@ def reference_of_split(
     extraction: Extraction,
     cache: Path,
     *,
-    shape: tuple[int, int, int] | None = None,
+    shape: tuple[int, int, int],
     most_kept: int = MOST_KEPT,
     progress: bool = True,
 ) -> Reference:
     """The images of a split of a source.
 
     Their features are taken once for each network and data set, and kept in the folder `cache`
-    in ADM's names (mu, sigma, mu_s, sigma_s) with more beside them.
+    with statistics in ADM's names (mu, sigma, mu_s, sigma_s).
 
     Args:
       real, split: the images.
@@ -119,13 +119,13 @@ def reference_of_split(
     return dataclasses.replace(reference, name=real.name, fingerprint=fingerprint, split=split)
 
 
-def check_shapes(reference: tuple[int, int, int], samples: tuple[int, int, int] | None) -> None:
+def check_shapes(reference: tuple[int, int, int], samples: tuple[int, int, int]) -> None:
     """Refuses to compare images of different shapes.
 
     Raises:
       ValueError: naming both.
     """
-    if samples is not None and tuple(reference) != tuple(samples):
+    if tuple(reference) != tuple(samples):
         raise ValueError(
             f"samples are {size(samples)} but the real images {size(reference)}; compare with "
             "the images that the generator was trained on, or bring both to one size"
@@ -133,21 +133,14 @@ def check_shapes(reference: tuple[int, int, int], samples: tuple[int, int, int] 
 
 
 def _store(path: Path, pooled: Moments, spatial: Moments, kept: np.ndarray) -> None:
-    arrays = {
-        "mu": pooled.mean,
-        "sigma": pooled.covariance,
-        "mu_s": spatial.mean,
-        "sigma_s": spatial.covariance,
-        "count": np.int64(pooled.count),
-        "features": kept,
-    }
-    with whole_file(path) as file, file.open("wb") as stream:
-        np.savez(stream, **arrays)
+    with whole_file(path) as file:
+        write_statistics(file, Statistics(pooled, spatial))
+        with zipfile.ZipFile(file, "a") as archive, new_member(archive, "features") as member:
+            np.lib.format.write_array(member, kept)
 
 
 def _stored(path: Path) -> Reference:
+    pooled, spatial = read_statistics(path)
     with np.load(path) as file:
-        count = int(file["count"])
-        pooled = Moments(count, file["mu"], file["sigma"])
-        spatial = Moments(count, file["mu_s"], file["sigma_s"])
-        return Reference(str(path), "", "", count, pooled, spatial, file["features"])
+        kept = file["features"]
+    return Reference(str(path), "", "", pooled.count, pooled, spatial, kept)
