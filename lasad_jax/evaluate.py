@@ -13,30 +13,17 @@ with --inception=FILE, otherwise those of a small classifier that is trained on 
 once. Writes OUT_KIND.json and OUT_KIND.txt, and for --sweep a table and a picture.
 """
 
-import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 
 from lasad_jax.command import rows_and_columns, run
-from lasad_jax.config import DataConfig, load_config
 from lasad_jax.config.sections import FITS, IMAGE_SOURCES
 from lasad_jax.data.sources import SPLITS
-from lasad_jax.evaluation import real_images
-from lasad_jax.evaluation.evaluator import Evaluator, Samples
-from lasad_jax.evaluation.in_training import FOLDER
 from lasad_jax.evaluation.measure import METRICS, MOST_KEPT
 from lasad_jax.evaluation.protocol import PROTOCOLS
-from lasad_jax.evaluation.real_images import RealImages
-from lasad_jax.evaluation.report import Report
-from lasad_jax.evaluation.sweep import Sweep, markdown
-from lasad_jax.sampling.flags import BATCH, RAW, SEED, STEP, are_set, with_flags
-from lasad_jax.sampling.job import Job
-from lasad_jax.sampling.run import GeneratorRun
+from lasad_jax.evaluation.requests import Request, carry_out
+from lasad_jax.sampling.flags import BATCH, RAW, SEED, STEP, are_set, sampling_fields
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a generator's run.")
 _SAMPLES = flags.DEFINE_string("samples", None, "An .npz of images to measure; drawn if unset.")
@@ -75,156 +62,54 @@ _FORCE = flags.DEFINE_bool("force", False, "Measure even what means little; repo
 
 
 def evaluate() -> None:
-    """Measures what the flags ask for, and writes and prints it."""
-    if _SAMPLES.value is not None:
-        _evaluate_file(Path(_SAMPLES.value))
-    elif _WORKDIR.value is not None:
-        _evaluate_run(Path(_WORKDIR.value))
-    else:
-        raise ValueError("workdir: give --workdir=RUN to draw from, or --samples=FILE.npz")
-
-
-def _evaluate_file(path: Path) -> None:
+    """Measures what the flags ask for."""
     drawing = are_set() + [flag.name for flag in (_NUM, _SWEEP) if flag.present]
-    if drawing:
+    if _SAMPLES.value is not None and drawing:
         raise ValueError(f"{drawing[0]}: nothing is drawn with --samples; leave out one of them")
-    samples = Samples.of_file(path)
-    evaluator = _evaluator(
-        samples.images.shape,
-        len(samples.images),
-        "samples",
-        samples.labels is not None,
-        samples.comment,
-    )
-    _finish(evaluator, evaluator.measure(samples), _out(path.stem))
-
-
-def _evaluate_run(workdir: Path) -> None:
-    scales = _scales()
-    generator = GeneratorRun.open(workdir, step=STEP.value, raw=RAW.value)
-    evaluator = _evaluator(generator.image_shape, _NUM.value, "num", True, {})
-    sampling = with_flags(generator.config.sampling)
-    # In turns, so that any stretch of the images has all classes.
-    labels = np.arange(_NUM.value, dtype=np.int32) % generator.config.model.num_classes
-    out = _out(f"step_{generator.step:07d}_seed{SEED.value}")
-
-    def job(guidance: float) -> Job:
-        place = out
-        if scales or _OUT.value is None:
-            # Without a dot, behind which an ending would be.
-            place = out.with_name(f"{out.name}_guidance{guidance:g}".replace(".", "p"))
-        settings = dataclasses.replace(sampling, guidance=guidance)
-        return generator.job(
-            place, labels, sampling=settings, seed=SEED.value, batch_size=BATCH.value
-        )
-
-    def measured(job: Job) -> Report:
-        generator.draw(job)
-        report = evaluator.measure(Samples.of_file(job.npz))
-        if jax.process_index() == 0 and not _KEEP.value:
-            job.npz.unlink()
-        return report
-
-    if not scales:
-        only = job(sampling.guidance)
-        _finish(evaluator, measured(only), only.out)
-        return
-    identity = {**job(1.0).identity, **evaluator.identity} | {"guidance": "of each row"}
-    sweep = Sweep(out.with_name(f"{out.name}_sweep_{evaluator.extractor.kind}"), identity)
-    there = sweep.reports()
-    for scale in scales:
-        if scale in there:
-            _say(f"guidance {scale:g} is there already")
-            continue
-        report = measured(job(scale))
-        if jax.process_index() == 0:
-            sweep.add(scale, report)
-            print(f"guidance {scale:g}\n{report.table()}\n", flush=True)
-    if jax.process_index() == 0:
-        sweep.write()
-        print(f"{markdown(sweep.rows())}in {sweep.out}.md, .csv, .jsonl and .png")
-
-
-def _evaluator(
-    shape: tuple[int, int, int],
-    count: int,
-    count_field: str,
-    labelled: bool,
-    comment: Mapping[str, Any],
-) -> Evaluator:
-    return Evaluator(
-        shape,
-        count=count,
-        count_field=count_field,
-        labelled=labelled,
-        cache=_cache(),
-        protocol=_PROTOCOL.value or comment.get("protocol", "generation"),
-        real=lambda: _real_images(shape),
-        split=_SPLIT.value,
-        reference=_REFERENCE.value and Path(_REFERENCE.value),
-        reference_split=_REFERENCE_SPLIT.value,
-        inception=_INCEPTION.value and Path(_INCEPTION.value),
-        classifier=_CLASSIFIER.value and Path(_CLASSIFIER.value),
-        metrics=_METRICS.value,
-        most_kept=_MOST_KEPT.value,
-        force=_FORCE.value,
-    )
-
-
-def _real_images(shape: tuple[int, int, int]) -> RealImages:
-    """The source that the flags name, or the run's."""
-    values = {
+    data = {
+        "source": _SOURCE.value,
         "directory": _DIRECTORY.value,
         "name": _NAME.value,
         "labels": _LABELS.value,
         "image_size": _SIZE.value and rows_and_columns("image_size", _SIZE.value),
         "fit": _FIT.value,
     }
-    told = {name: value for name, value in values.items() if value is not None}
-    if _SOURCE.value is not None:
-        # Files may have any size; those of the other sources have one of their own.
-        if _SOURCE.value in ("folder", "tfds"):
-            told = {"image_size": tuple(shape[:2])} | told
-        return RealImages(DataConfig(source=_SOURCE.value, **told), channels=shape[-1])
-    if told:
-        raise ValueError(f"source: {next(iter(told))} is of a source; name it with --source")
-    if _WORKDIR.value is None:
-        raise ValueError(
-            "source: there is nothing to compare with; name the real images with --source and "
-            "--directory, or the run that drew the samples with --workdir, or give "
-            "--reference=FILE.npz and --inception=FILE"
-        )
-    return real_images.of_run(load_config(_WORKDIR.value), Path(_WORKDIR.value))
+    path = lambda flag: Path(flag.value) if flag.value else None
+    request = Request(
+        workdir=path(_WORKDIR),
+        samples=path(_SAMPLES),
+        num=_NUM.value,
+        seed=SEED.value,
+        step=STEP.value,
+        raw=RAW.value,
+        batch_size=BATCH.value,
+        sampling=sampling_fields(),
+        sweep=_scales(),
+        keep_samples=_KEEP.value,
+        out=path(_OUT),
+        cache=path(_CACHE),
+        data={name: value for name, value in data.items() if value is not None},
+        split=_SPLIT.value,
+        reference=path(_REFERENCE),
+        reference_split=_REFERENCE_SPLIT.value,
+        inception=path(_INCEPTION),
+        classifier=path(_CLASSIFIER),
+        protocol=_PROTOCOL.value,
+        metrics=_METRICS.value and tuple(_METRICS.value),
+        most_kept=_MOST_KEPT.value,
+        force=_FORCE.value,
+    )
+    carry_out(request)
 
 
-def _cache() -> Path:
-    beside = _WORKDIR.value or Path(_SAMPLES.value).parent
-    return Path(_CACHE.value or Path(beside) / FOLDER)
-
-
-def _out(name: str) -> Path:
-    return Path(_OUT.value or _cache() / name)
-
-
-def _scales() -> list[float]:
+def _scales() -> tuple[float, ...]:
     try:
-        scales = [float(word) for word in _SWEEP.value or ()]
+        scales = tuple(float(word) for word in _SWEEP.value or ())
     except ValueError:
-        scales = [-1.0]
+        scales = (-1.0,)
     if any(not scale >= 0 for scale in scales):
         raise ValueError(f"sweep: {','.join(_SWEEP.value)!r} must be scales such as 1,1.5,2")
     return scales
-
-
-def _finish(evaluator: Evaluator, report: Report, out: Path) -> None:
-    if jax.process_index() == 0:
-        report.write(out.with_name(f"{out.name}_{evaluator.extractor.kind}"))
-        print(report.table())
-
-
-def _say(line: str) -> None:
-    if jax.process_index() == 0:
-        print(line)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Images are kept in OUT.parts, batch by batch, until all are there. Running the s
 again goes on where it was stopped.
 """
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -18,7 +19,7 @@ from lasad_jax.command import run
 from lasad_jax.config import Config, load_config
 from lasad_jax.data.tokens import Codec, load_class_names, load_run_codec
 from lasad_jax.sampling.decode import balanced_labels
-from lasad_jax.sampling.flags import BATCH, RAW, SEED, STEP, with_flags
+from lasad_jax.sampling.flags import BATCH, RAW, SEED, STEP, sampling_fields
 from lasad_jax.sampling.run import GeneratorRun
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run.", required=True)
@@ -32,7 +33,7 @@ _ROWS = flags.DEFINE_integer("rows", None, "Rows of tokens of --complete to keep
 def sample(workdir: Path) -> None:
     """Draws what the flags ask for and writes it."""
     config, class_names = load_config(workdir), load_class_names(workdir)
-    sampling = with_flags(config.sampling)
+    sampling = dataclasses.replace(config.sampling, **sampling_fields())
     labels, given = _labels(config, class_names), None
     if _COMPLETE.value:
         codec = load_run_codec(config.data, workdir)

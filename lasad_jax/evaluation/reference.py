@@ -16,7 +16,8 @@ from lasad_jax.evaluation.measure import MOST_KEPT, Reference, see
 from lasad_jax.evaluation.moments import Moments
 from lasad_jax.evaluation.real_images import RealImages
 from lasad_jax.files import whole_file
-from lasad_jax.interop.adm_files import Statistics, new_member, read_statistics, write_statistics
+from lasad_jax.interop.adm_files import Statistics, read_statistics, write_statistics
+from lasad_jax.interop.npz_members import new_member
 
 
 def reference_of_file(

@@ -1,10 +1,8 @@
 """The flags of commands that draw from a run: which checkpoint, and `SamplingConfig`'s fields."""
 
-import dataclasses
+from typing import Any
 
 from absl import flags
-
-from lasad_jax.config import SamplingConfig
 
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the images.")
 STEP = flags.DEFINE_integer("step", None, "Checkpoint; the best by held-out loss if unset.")
@@ -22,18 +20,13 @@ _FIELDS = {
 }
 
 
-def with_flags(sampling: SamplingConfig) -> SamplingConfig:
-    """A run's settings, with those that the flags set in their place.
-
-    Raises:
-      ValueError: a value that is out of range.
-    """
+def sampling_fields() -> dict[str, Any]:
+    """The fields of `SamplingConfig` that flags set, to put in place of a run's."""
     values = {name: flag.value for name, flag in _FIELDS.items()}
-    told = {name: value for name, value in values.items() if value is not None}
-    return dataclasses.replace(sampling, **told)
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def are_set() -> list[str]:
     """The names of the flags of this module that are given, for a command that draws nothing."""
     given = [flag.name for flag in (SEED, STEP, RAW, BATCH) if flag.present]
-    return given + [name for name, flag in _FIELDS.items() if flag.value is not None]
+    return given + list(sampling_fields())
