@@ -11,6 +11,7 @@ from tiny import ROOT, environment
 
 from lasad_jax.config import DataConfig, build_config
 from lasad_jax.data.images import load_images
+from lasad_jax.evaluation.fit_classifier import fit_classifier, save_classifier
 
 README = (ROOT / "README.md").read_text()
 TRAIN = (
@@ -64,8 +65,16 @@ def test_sample_complete_and_evaluate(workdir):
     assert (levels(completed[:, 5:]) != levels(real[:, 5:])).any()
     np.testing.assert_array_equal(labels, np.full(5, 3))
 
-    said = run(f"lasad_jax.evaluate --samples={workdir}/a.npz --source=digits")
+    digits = (load_images(DataConfig(), split) for split in ("train", "test"))
+    save_classifier(
+        workdir / "evaluation" / "classifier.safetensors", fit_classifier(*digits, epochs=1)
+    )
+    evaluate = f"lasad_jax.evaluate --workdir={workdir} --samples={workdir}/a.npz"
+    said = run(f"{evaluate} --metrics=inception_score,class_agreement")
     assert re.search(r"class agreement +[01]\.\d+", said)
+    assert re.search(r"Inception Score \(classifier\) +\d\.\d+ ± ", said)
+    said = run(f"{evaluate} --temperature=2", fails=True)
+    assert "temperature: nothing is drawn with --samples" in said
 
 
 @pytest.mark.parametrize(
@@ -100,6 +109,8 @@ def test_commands_in_the_readme_exist():
     assert len(commands) >= 6
     for module, flags in commands:
         source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
+        if "lasad_jax.sampling.flags" in source:
+            source += (ROOT / "lasad_jax/sampling/flags.py").read_text()
         for flag in re.findall(r"--(\w+)=", flags):
             assert f'"{flag}"' in source, (module, flag)
     for path in re.findall(r"(?:configs|launch|docs)/[\w.]+", README):

@@ -3,12 +3,15 @@
 import csv
 import json
 import re
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import tiny_config
+from tiny import ROOT, environment, tiny_config
 
 from lasad_jax.config import DataConfig
 from lasad_jax.data.images import load_images
@@ -136,6 +139,50 @@ def test_a_sweep_stopped_between_rows_goes_on(run, swept, tmp_path, monkeypatch,
     assert table(tmp_path)[3.0] != table(swept)[3.0]
     call(capsys, **flags)
     assert len(drawn) == 3 and table(tmp_path) == table(swept)
+
+
+PROCESS = """
+import sys
+from pathlib import Path
+
+import jax
+
+address, process, run, out, classifier = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(address, 2, int(process))
+assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
+
+from lasad_jax.evaluation.requests import Request, carry_out
+
+carry_out(Request(workdir=Path(run), sweep=(3.0,), num=130, out=Path(out) / "a",
+                  cache=Path(out) / "cache", classifier=Path(classifier)))
+"""
+
+
+def test_two_processes_measure_as_one(run, swept, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    arguments = (str(run), str(tmp_path), str(run / in_training.FOLDER / CLASSIFIER_FILE))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, address, str(process), *arguments],
+            cwd=ROOT,
+            env=environment(2) | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=200) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    assert ["FID (classifier)" in out for out, _ in said] == [True, False]
+    assert table(tmp_path) == {3.0: table(swept)[3.0]}
 
 
 def test_a_file_is_measured_as_the_run_that_drew_it(run, swept, capsys):
