@@ -50,9 +50,7 @@ def read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
       ValueError, EOFError, zipfile.BadZipFile: a damaged array, or one of Python objects.
     """
     with archive.open(f"{name}.npy") as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-        file.read(1)  # to the end, where the checksum is compared
-        return array
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def read_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
