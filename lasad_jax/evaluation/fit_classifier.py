@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Float, Float32, Int32, PyTree, UInt8
+from jaxtyping import Array, Float32, Int32, PyTree, UInt8
 
 from lasad_jax.data.images import ImageSet
 from lasad_jax.evaluation.classifier import (
@@ -49,6 +49,7 @@ _WEIGHT_DECAY = 0.05
 _WARMUP = 0.1
 _IMAGES_SEEN = 1_000_000
 _MOST_EPOCHS = 24
+_SHOWN_EVERY = 50
 # At rate 1, which every step scales: so one program serves all numbers of steps.
 _OPTIMIZER = optax.adamw(
     1.0, weight_decay=_WEIGHT_DECAY, mask=functools.partial(jax.tree.map, lambda x: x.ndim > 1)
@@ -183,16 +184,14 @@ def _train(
     params = jax.jit(init_classifier, static_argnums=0)(architecture, init_key)
     opt_state = _OPTIMIZER.init(params)
     with progress_bar(0, steps, visible=progress) as bar:
-        for epoch in range(epochs):
-            order = jax.random.permutation(jax.random.fold_in(order_key, epoch), count)
-            order = np.asarray(order)[: count // batch_size * batch_size]
-            for rows in order.reshape(-1, batch_size):
-                batch = real.images[rows], real.labels[rows]
-                params, opt_state, loss = step(
-                    architecture, params, opt_state, shift_key, bar.n, rates[bar.n], *batch
-                )
-                bar.update()
-            bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+        for number, rows in enumerate(_batches(order_key, count, batch_size, epochs)):
+            batch = real.images[rows], real.labels[rows]
+            params, opt_state, loss = step(
+                architecture, params, opt_state, shift_key, number, rates[number], *batch
+            )
+            if number % _SHOWN_EVERY == 0:
+                bar.set_postfix(loss=f"{float(loss):.4f}", refresh=False)
+            bar.update()
     return params
 
 
@@ -224,6 +223,15 @@ def _step(
     updates, opt_state = _OPTIMIZER.update(gradient, opt_state, params)
     params = jax.tree.map(lambda x, update: x + rate * update, params, updates)
     return params, opt_state, loss
+
+
+def _batches(
+    key: Array, count: int, batch_size: int, epochs: int
+) -> Iterator[Int32[np.ndarray, " B"]]:
+    """Numbers of images, shuffled anew in every epoch; what does not fill a batch is left out."""
+    for epoch in range(epochs):
+        order = np.asarray(jax.random.permutation(jax.random.fold_in(key, epoch), count))
+        yield from order[: count // batch_size * batch_size].reshape(-1, batch_size)
 
 
 def _learning_rates(steps: int) -> Float32[np.ndarray, " steps"]:
