@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 from torch_inception import (
     pytorch_fid_pooled,
     random_state,
     torch_fidelity_features,
     torch_fidelity_network,
+    torch_fidelity_resized,
 )
 
 from lasad_jax.evaluation.inception import inception_features, resize
@@ -69,11 +69,8 @@ def test_features_are_the_packages(extractor, reference, state, shape):
 @pytest.mark.parametrize("size", [(1, 1), (2, 5), (33, 47), (256, 256), (299, 299), (640, 427)])
 def test_resize_is_tensorflows(size):
     images = draw(1, *size, 2).astype(np.float32)
-    theirs = interpolate_bilinear_2d_like_tensorflow1x(
-        torch.tensor(images).permute(0, 3, 1, 2), size=(299, 299), align_corners=False
-    )
     ours = np.asarray(resize(jnp.asarray(images)))
-    np.testing.assert_allclose(ours, theirs.permute(0, 2, 3, 1), rtol=0, atol=1e-4)
+    np.testing.assert_allclose(ours, torch_fidelity_resized(images), rtol=0, atol=1e-4)
 
 
 def test_another_files_bytes_are_refused(file, extractor, monkeypatch, tmp_path):

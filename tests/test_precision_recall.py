@@ -172,6 +172,7 @@ def test_memory_is_that_of_blocks(monkeypatch):
         ({"generated": np.ones((9, 4), np.float32)}, "generated have 4 values an image where 5"),
         ({"real": np.full((12, 5), np.nan, np.float32)}, "real: 12 of 12 images"),
         ({"real": np.ones((12, 5), int)}, "real must be floats"),
+        ({"real": np.ones((12, 0))}, "at least one feature"),
     ],
 )
 def test_wrong_input_is_refused(change, message):

@@ -18,6 +18,7 @@ except RuntimeError:
 
 import pytorch_fid.inception
 from torch_fidelity import FeatureExtractorInceptionV3
+from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
 Arrays = dict[str, np.ndarray]
 
@@ -42,6 +43,13 @@ def random_state() -> dict[str, torch.Tensor]:
         return torch.tensor(x, dtype=torch.float32)
 
     return {name: draw(name, tensor) for name, tensor in network.state_dict().items()}
+
+
+def torch_fidelity_resized(images: np.ndarray) -> np.ndarray:
+    """From (B, h, w, channels) to 299 x 299."""
+    x = torch.tensor(images).permute(0, 3, 1, 2)
+    x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(299, 299), align_corners=False)
+    return x.permute(0, 2, 3, 1).numpy()
 
 
 def torch_fidelity_network(path: Path) -> FeatureExtractorInceptionV3:

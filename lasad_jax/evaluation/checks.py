@@ -18,9 +18,10 @@ def check_features(
       ValueError: a wrong dtype or shape, or a value that is not finite.
     """
     features = np.asarray(features)
-    if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
+    form = features.ndim == 2 and features.shape[1] > 0
+    if not form or not np.issubdtype(features.dtype, np.floating):
         raise ValueError(
-            f"{name} must be floats of shape (images, features), "
+            f"{name} must be floats of shape (images, features), at least one feature, "
             f"got {features.dtype} of shape {features.shape}"
         )
     if dim is not None and features.shape[1] != dim:

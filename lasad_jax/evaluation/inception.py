@@ -193,7 +193,13 @@ class BlockE(nn.Module):
 
 
 def _conv(
-    name: str, channels: int, kernel: tuple[int, int], x: Map, *, stride: int = 1, padding="SAME"
+    name: str,
+    channels: int,
+    kernel: tuple[int, int],
+    x: Map,
+    *,
+    stride: int = 1,
+    padding: str = "SAME",
 ) -> Map:
     """A convolution with ReLU; those with a stride keep within the image."""
     padding = padding if stride == 1 else "VALID"

