@@ -2,15 +2,17 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
 from evaluating import DIM, SHAPE, SPATIAL, random_images, tiny_extractor
 from PIL import Image
 
-from lasad_jax.config import DataConfig
+from lasad_jax.config import Config, DataConfig
 from lasad_jax.data.images import load_images
 from lasad_jax.evaluation import evaluator as evaluator_module
+from lasad_jax.evaluation import real_images
 from lasad_jax.evaluation.evaluator import Evaluator, Samples
 from lasad_jax.evaluation.extract import ArrayImages, Extraction
 from lasad_jax.evaluation.features import Features
@@ -177,6 +179,29 @@ def test_a_folders_fingerprint_is_of_names_and_content(tmp_path):
     assert len(set(prints)) == 4
 
 
+def test_a_run_on_codes_is_compared_with_what_they_were_made_from(tmp_path, monkeypatch):
+    images = DataConfig(source="folder", directory=str(tmp_path), image_size=(8, 12), fit="pad")
+    stored = json.loads(json.dumps(dataclasses.asdict(images)))
+    manifest = types.SimpleNamespace(job=types.SimpleNamespace(source=stored))
+    monkeypatch.setattr(real_images, "read_manifest", lambda directory: manifest)
+    tokenizer = types.SimpleNamespace(channels=3)
+    monkeypatch.setattr(real_images, "load_tokenizer", lambda path: (tokenizer, {}))
+    config = Config(data=DataConfig(source="codes", directory="codes"))
+    assert real_images.of_run(config, tmp_path) == RealImages(images, 3)
+
+    stored["directory"] = str(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=r"directory: .*gone, .*is gone; .*--source"):
+        real_images.of_run(config, tmp_path)
+    del stored["image_size"]
+    with pytest.raises(ValueError, match=r"source: the codes in codes do not say .*--source"):
+        real_images.of_run(config, tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match=r"'codes', which is no folder.*--source"):
+        real_images.of_run(config, tmp_path)
+    pixels = Config(data=DataConfig())
+    assert real_images.of_run(pixels, tmp_path) == RealImages(DataConfig(), 1)
+
+
 # Mix-ups
 
 
@@ -222,8 +247,12 @@ def test_inception_sees_nothing_in_small_or_grey_images():
         with pytest.raises(ValueError, match=r"inception: images of .*leave --inception out"):
             check_meaningful("inception", shape)
         check_meaningful("inception", shape, force=True)
+    for shape in ((32, 32, 3), (256, 256, 3)):
+        check_meaningful("inception", shape)
+    with pytest.raises(ValueError, match=r"256 x 64 x 3 are too large .*--inception=FILE"):
+        check_meaningful("classifier", (256, 64, 3))
+    for shape in ((28, 28, 1), (128, 64, 3)):
         check_meaningful("classifier", shape)
-    check_meaningful("inception", (32, 32, 3))
 
 
 # All together, with networks of a few numbers

@@ -10,6 +10,8 @@ from lasad_jax.evaluation.extract import size
 PROTOCOLS = {"generation": "train", "reconstruction": "test"}
 # Inception was trained on colour photographs; smaller ones it only sees magnified.
 _LEAST_SIDE = 32
+# A classifier is small, and trained on images that are all in memory.
+_LARGEST_SIDE = 128
 
 _EXPLANATIONS = {
     "generation": (
@@ -78,16 +80,22 @@ def split_of_file(path: str | Path, told: str | None, *, force: bool = False) ->
 
 
 def check_meaningful(kind: str, shape: tuple[int, int, int], *, force: bool = False) -> None:
-    """Refuses Inception on images that it can tell nothing by.
+    """Refuses networks on images that they are not meant for.
 
     Args:
       kind: of the features.
       shape: rows, columns and channels of the images.
-      force: take its features all the same.
+      force: take their features all the same.
 
     Raises:
-      ValueError: Inception, and grey images or sides below 32 pixels.
+      ValueError: Inception, and grey images or sides below 32 pixels; a classifier, and sides
+        above 128.
     """
+    if kind == "classifier" and not force and max(shape[:2]) > _LARGEST_SIDE:
+        raise ValueError(
+            f"inception: images of {size(shape)} are too large for a classifier of the data; give "
+            "Inception's weights with --inception=FILE, or --force to train one all the same"
+        )
     if kind == "inception" and not force and (shape[-1] == 1 or min(shape[:2]) < _LEAST_SIDE):
         raise ValueError(
             f"inception: images of {size(shape)} are nothing like the colour photographs that "
