@@ -147,15 +147,15 @@ from pathlib import Path
 
 import jax
 
-address, process, run, out, classifier = sys.argv[1:]
+address, process, samples, out, classifier = sys.argv[1:]
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(address, 2, int(process))
 assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
 
 from lasad_jax.evaluation.requests import Request, carry_out
 
-carry_out(Request(workdir=Path(run), sweep=(3.0,), num=130, out=Path(out) / "a",
-                  cache=Path(out) / "cache", classifier=Path(classifier)))
+carry_out(Request(samples=Path(samples), data={"source": "digits"}, cache=Path(out),
+                  classifier=Path(classifier)))
 """
 
 
@@ -163,7 +163,8 @@ def test_two_processes_measure_as_one(run, swept, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    arguments = (str(run), str(tmp_path), str(run / in_training.FOLDER / CLASSIFIER_FILE))
+    classifier = run / in_training.FOLDER / CLASSIFIER_FILE
+    arguments = list(map(str, (swept / "a_guidance3.npz", tmp_path, classifier)))
     processes = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, address, str(process), *arguments],
@@ -182,7 +183,8 @@ def test_two_processes_measure_as_one(run, swept, tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], said
     assert ["FID (classifier)" in out for out, _ in said] == [True, False]
-    assert table(tmp_path) == {3.0: table(swept)[3.0]}
+    report = json.loads((tmp_path / "a_guidance3_classifier.json").read_text())
+    assert report["metrics"] == table(swept)[3.0]
 
 
 def test_a_file_is_measured_as_the_run_that_drew_it(run, swept, capsys):
