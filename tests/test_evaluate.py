@@ -210,9 +210,10 @@ def test_real_images_are_nearest(run, swept, digits, tmp_path, capsys):
     for name, images in zip(("train", "test"), digits, strict=True):
         write_npz(tmp_path / f"{name}.npz", [images.images], images.labels)
     values = {"drawn": table(swept)[1.0]}
+    metrics = ("fid", "precision_recall", "class_agreement")
     for name in ("train", "test"):
         out = tmp_path / name
-        call(capsys, workdir=run, samples=tmp_path / f"{name}.npz", out=out)
+        call(capsys, workdir=run, samples=tmp_path / f"{name}.npz", out=out, metrics=metrics)
         values[name] = json.loads((tmp_path / f"{name}_classifier.json").read_text())["metrics"]
     fids = [values[name]["fid_classifier"] for name in ("train", "test", "drawn")]
     assert fids[0] == pytest.approx(0, abs=1e-6)
