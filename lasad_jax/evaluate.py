@@ -2,15 +2,17 @@
 
     python -m lasad_jax.evaluate --workdir=runs/fashion --num=10000
     python -m lasad_jax.evaluate --workdir=runs/fashion --sweep=1,1.5,2,3 --num=10000
+    python -m lasad_jax.evaluate --tokenizer=runs/clipart_tokenizer
     python -m lasad_jax.evaluate --samples=FILE.npz --inception=WEIGHTS.pth \\
         --reference=VIRTUAL_imagenet256_labeled.npz
 
 With --workdir the images are drawn, class-balanced, and going on where they were stopped;
 --samples=FILE.npz takes them from there (uint8 NHWC under arr_0, classes under arr_1). They are
 compared with the images that the run was trained on, with those of --source and --directory, or
-with --reference=FILE.npz (statistics and images as in ADM's files). Features are Inception's
-with --inception=FILE, otherwise those of a small classifier that is trained on the real images
-once. Writes OUT_KIND.json and OUT_KIND.txt, and for --sweep a table and a picture.
+with --reference=FILE.npz (statistics and images as in ADM's files). --tokenizer measures what a
+tokenizer makes of the held-out images, against these. Features are Inception's with
+--inception=FILE, otherwise those of a small classifier that is trained on the real images once.
+Writes OUT_KIND.json and OUT_KIND.txt, and for --sweep a table and a picture.
 """
 
 from pathlib import Path
@@ -27,6 +29,9 @@ from lasad_jax.sampling.flags import BATCH, RAW, SEED, STEP, are_set, sampling_f
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a generator's run.")
 _SAMPLES = flags.DEFINE_string("samples", None, "An .npz of images to measure; drawn if unset.")
+_TOKENIZER = flags.DEFINE_string(
+    "tokenizer", None, "A tokenizer's run or file: measure what it makes of real images."
+)
 _NUM = flags.DEFINE_integer("num", 50_000, "Images to draw, balanced over the classes.", 1)
 _SWEEP = flags.DEFINE_list("sweep", None, "Guidance scales, a row of the table for each.")
 _KEEP = flags.DEFINE_bool("keep_samples", True, "Keep the images that are drawn.")
@@ -64,8 +69,13 @@ _FORCE = flags.DEFINE_bool("force", False, "Measure even what means little; repo
 def evaluate() -> None:
     """Measures what the flags ask for."""
     drawing = are_set() + [flag.name for flag in (_NUM, _SWEEP) if flag.present]
-    if _SAMPLES.value is not None and drawing:
-        raise ValueError(f"{drawing[0]}: nothing is drawn with --samples; leave out one of them")
+    for flag in (_SAMPLES, _TOKENIZER):
+        if flag.present and drawing:
+            raise ValueError(
+                f"{drawing[0]}: nothing is drawn with --{flag.name}; leave out one of them"
+            )
+    if _TOKENIZER.present and (_SAMPLES.present or _WORKDIR.present):
+        raise ValueError("tokenizer: it goes without --samples and --workdir; leave these out")
     data = {
         "source": _SOURCE.value,
         "directory": _DIRECTORY.value,
@@ -78,6 +88,7 @@ def evaluate() -> None:
     request = Request(
         workdir=path(_WORKDIR),
         samples=path(_SAMPLES),
+        tokenizer=path(_TOKENIZER),
         num=_NUM.value,
         seed=SEED.value,
         step=STEP.value,

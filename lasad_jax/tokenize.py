@@ -18,20 +18,17 @@ from typing import Any
 
 import jax
 from absl import flags
-from jaxtyping import PyTree
 
 from lasad_jax.command import rows_and_columns, run
-from lasad_jax.config import DataConfig
 from lasad_jax.config.sections import FITS, IMAGE_SOURCES
 from lasad_jax.data.codes import Job, store_job, write_codes
 from lasad_jax.data.crops import CROPS, view_names, views
 from lasad_jax.data.images import common_size
 from lasad_jax.data.sources import SPLITS, open_source
 from lasad_jax.data.tokens import TOKENIZER_FILE
-from lasad_jax.interop.tokenizer_files import fingerprint, load_tokenizer, save_tokenizer
+from lasad_jax.interop.tokenizer_files import fingerprint, save_tokenizer
 from lasad_jax.models.codec import TokenizerCodec
-from lasad_jax.models.tokenizer_config import TokenizerConfig
-from lasad_jax.training.tokenizer_task import load_trained_tokenizer
+from lasad_jax.training.tokenizer_task import load_any_tokenizer
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer's run directory or file.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the codes; made if missing.")
@@ -100,16 +97,6 @@ def tokenize(tokenizer: Path, out: Path) -> None:
             f"{split}: {content.images} images x {content.augmentations} views, "
             f"{len(content.unreadable)} unreadable"
         )
-
-
-def load_any_tokenizer(path: Path) -> tuple[TokenizerConfig, PyTree, DataConfig]:
-    """A tokenizer in float32 and the images to take by default, from a run or a file."""
-    if path.is_dir():
-        run_config, params, _ = load_trained_tokenizer(path)
-        model, data = run_config.model, run_config.data
-    else:
-        (model, params), data = load_tokenizer(path), DataConfig(source="folder")
-    return dataclasses.replace(model, dtype="float32"), params, data
 
 
 def _data_flags() -> dict[str, Any]:

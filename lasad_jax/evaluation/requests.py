@@ -13,11 +13,15 @@ from lasad_jax.evaluation import real_images
 from lasad_jax.evaluation.evaluator import Evaluator, Samples
 from lasad_jax.evaluation.in_training import FOLDER
 from lasad_jax.evaluation.measure import MOST_KEPT
+from lasad_jax.evaluation.protocol import PROTOCOLS
 from lasad_jax.evaluation.real_images import RealImages
+from lasad_jax.evaluation.reconstructed_images import reconstruct
 from lasad_jax.evaluation.report import Report
 from lasad_jax.evaluation.sweep import Sweep, markdown
+from lasad_jax.models.codec import TokenizerCodec
 from lasad_jax.sampling.job import Job
 from lasad_jax.sampling.run import GeneratorRun
+from lasad_jax.training.tokenizer_task import load_any_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Request:
     Attributes:
       workdir: a generator's run: its images are drawn, or were for `samples`.
       samples: an .npz of images, in place of drawing.
+      tokenizer: a tokenizer's run or file, whose reconstructions are measured.
       num, seed, step, raw, batch_size: of images that are drawn.
       sampling: fields of `SamplingConfig` in place of the run's.
       sweep: guidance scales, a row for each.
@@ -40,6 +45,7 @@ class Request:
 
     workdir: Path | None = None
     samples: Path | None = None
+    tokenizer: Path | None = None
     num: int = 50_000
     seed: int = 0
     step: int | None = None
@@ -66,7 +72,8 @@ class Request:
         """Of what is computed once and, by default, of results."""
         if self.cache is not None:
             return self.cache
-        return (self.samples.parent if self.workdir is None else self.workdir) / FOLDER
+        beside = next(path for path in (self.workdir, self.tokenizer, self.samples) if path)
+        return (beside if beside.is_dir() else beside.parent) / FOLDER
 
 
 def carry_out(request: Request) -> None:
@@ -75,12 +82,16 @@ def carry_out(request: Request) -> None:
     Raises:
       FileNotFoundError, ValueError: naming the option and a remedy.
     """
-    if request.samples is not None:
+    if request.tokenizer is not None:
+        _measure_tokenizer(request)
+    elif request.samples is not None:
         _measure_file(request)
     elif request.workdir is not None:
         _measure_run(request)
     else:
-        raise ValueError("workdir: give --workdir=RUN to draw from, or --samples=FILE.npz")
+        raise ValueError(
+            "workdir: give --workdir=RUN to draw from, --samples=FILE.npz, or --tokenizer=RUN"
+        )
 
 
 def _measure_file(request: Request) -> None:
@@ -94,6 +105,24 @@ def _measure_file(request: Request) -> None:
         protocol=request.protocol or samples.comment.get("protocol", "generation"),
     )
     out = request.out or request.folder / request.samples.stem
+    _finish(evaluator, evaluator.measure(samples), out)
+
+
+def _measure_tokenizer(request: Request) -> None:
+    config, params, data = load_any_tokenizer(request.tokenizer)
+    real = RealImages(dataclasses.replace(data, **request.data), config.channels)
+    split = request.split or PROTOCOLS["reconstruction"]
+    samples = reconstruct(TokenizerCodec(config, params), real, split)
+    evaluator = _evaluator(
+        request,
+        samples.images.shape,
+        real=lambda: real,
+        count=len(samples.images),
+        count_field="tokenizer",
+        labelled=False,
+        protocol=request.protocol or "reconstruction",
+    )
+    out = request.out or request.folder / f"reconstructions_{split}"
     _finish(evaluator, evaluator.measure(samples), out)
 
 
@@ -159,11 +188,11 @@ def _carry_out_sweep(
 
 
 def _evaluator(request: Request, shape: tuple[int, int, int], **known: Any) -> Evaluator:
+    known = {"real": lambda: _real_images(request, shape)} | known
     same = ("split", "reference", "reference_split", "inception", "classifier", "metrics")
     return Evaluator(
         shape,
         cache=request.folder,
-        real=lambda: _real_images(request, shape),
         **{name: getattr(request, name) for name in (*same, "most_kept", "force")},
         **known,
     )

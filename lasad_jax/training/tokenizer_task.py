@@ -1,5 +1,6 @@
 """Training a tokenizer on images: what the loop asks, answered."""
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,13 +11,15 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from PIL import Image
 
-from lasad_jax.config import MeshConfig, TokenizerRunConfig, load_config
+from lasad_jax.config import DataConfig, MeshConfig, TokenizerRunConfig, load_config
 from lasad_jax.data.image_examples import ImageExamples
 from lasad_jax.data.loader import held_out_batches, train_batches
 from lasad_jax.evaluation.reconstruction import codebook_usage
+from lasad_jax.interop.tokenizer_files import load_tokenizer
 from lasad_jax.models.codec import TokenizerCodec
 from lasad_jax.models.discriminator import check_discriminator
 from lasad_jax.models.lpips import check_perceptual, load_lpips
+from lasad_jax.models.tokenizer_config import TokenizerConfig
 from lasad_jax.sampling.pictures import image_grid
 from lasad_jax.training import sharding
 from lasad_jax.training.checkpoints import Checkpoints
@@ -152,6 +155,20 @@ def load_trained_tokenizer(workdir: Path) -> tuple[TokenizerRunConfig, PyTree, i
     mesh = sharding.make_mesh(MeshConfig(), jax.local_devices()[:1])
     state = checkpoints.restore(step, abstract(lambda: new_state(config), mesh))
     return config, jax.device_get(state.best_params), step
+
+
+def load_any_tokenizer(path: Path) -> tuple[TokenizerConfig, PyTree, DataConfig]:
+    """A tokenizer in float32 and the images to take by default, from a run or a file.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load_trained_tokenizer` and `load_tokenizer`.
+    """
+    if path.is_dir():
+        run_config, params, _ = load_trained_tokenizer(path)
+        model, data = run_config.model, run_config.data
+    else:
+        (model, params), data = load_tokenizer(path), DataConfig(source="folder")
+    return dataclasses.replace(model, dtype="float32"), params, data
 
 
 def _load_perceptual(config: TokenizerRunConfig) -> PyTree | None:
