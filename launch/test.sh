@@ -7,4 +7,5 @@ source launch/environment.sh requirements.txt tests/requirements.txt
 
 ruff format --check .
 ruff check .
-python -m pytest --numprocesses=2 "$@"
+# A file stays with one process, which so makes its fixtures and programs once.
+python -m pytest --numprocesses=2 --dist=loadfile "$@"

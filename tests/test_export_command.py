@@ -100,6 +100,8 @@ def test_cards_name_what_was_exported():
 
 AUTO = """
 import sys
+# PyPI's is built for CUDA and cannot be imported beside a torch that is not.
+sys.modules["torchvision"] = None
 import torch
 from transformers import AutoModel, logging
 

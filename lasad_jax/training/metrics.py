@@ -8,7 +8,6 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
-from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from lasad_jax.files import whole_file
@@ -26,6 +25,9 @@ class Metrics:
         kept = [row for row in read_metrics(self.path) if row["step"] <= start_step]
         with whole_file(self.path) as file:
             file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        # It imports PyTorch where that is installed: a second for each command that needs neither.
+        from tensorboardX import SummaryWriter
+
         self._file = self.path.open("a")
         self._board = SummaryWriter(str(workdir), purge_step=start_step + 1)
 
