@@ -3,15 +3,14 @@
 import csv
 import json
 import re
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import ROOT, environment, tiny_config
+from processes import call as command_line
+from processes import run_two
+from tiny import tiny_config
 
 from lasad_jax.config import DataConfig
 from lasad_jax.data.images import load_images
@@ -141,47 +140,11 @@ def test_a_sweep_stopped_between_rows_goes_on(run, swept, tmp_path, monkeypatch,
     assert len(drawn) == 3 and table(tmp_path) == table(swept)
 
 
-PROCESS = """
-import sys
-from pathlib import Path
-
-import jax
-
-address, process, samples, out, classifier = sys.argv[1:]
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-jax.distributed.initialize(address, 2, int(process))
-assert (jax.process_count(), jax.device_count(), jax.local_device_count()) == (2, 4, 2)
-
-from lasad_jax.evaluation.requests import Request, carry_out
-
-carry_out(Request(samples=Path(samples), data={"source": "digits"}, cache=Path(out),
-                  classifier=Path(classifier)))
-"""
-
-
 def test_two_processes_measure_as_one(run, swept, tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
     classifier = run / in_training.FOLDER / CLASSIFIER_FILE
-    arguments = list(map(str, (swept / "a_guidance3.npz", tmp_path, classifier)))
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, address, str(process), *arguments],
-            cwd=ROOT,
-            env=environment(2) | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for process in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    flags = (f"--cache={tmp_path}", f"--classifier={classifier}", "--source=digits")
+    samples = f"--samples={swept / 'a_guidance3.npz'}"
+    said = run_two(command_line("evaluate", samples, *flags, "--distributed"), devices=2)
     assert ["FID (classifier)" in out for out, _ in said] == [True, False]
     report = json.loads((tmp_path / "a_guidance3_classifier.json").read_text())
     assert report["metrics"] == table(swept)[3.0]

@@ -1,7 +1,6 @@
 """Jobs of many images: stopped anywhere, damaged, mistaken for another, on several processes."""
 
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from processes import run_two
 from tiny import ROOT, environment, tiny_config
 
 from lasad_jax.config import MeshConfig
@@ -318,32 +318,7 @@ def test_any_devices_and_processes_draw_the_same(workdir):
     images[:8] = 7
     job = Job(workdir / "two", labels, 8, json.loads(read_comment(workdir / "one.npz")))
     job.write_part(np.arange(8), images[:8])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            command(workdir, "two", *flags, "--distributed"),
-            cwd=ROOT,
-            env=environment(4)
-            | {
-                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-                "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=200) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    said = run_two(command(workdir, "two", *flags, "--distributed"), devices=4)
     assert [out.count("20 images of step 1") for out, _ in said] == [1, 0]
     with np.load(workdir / "two.npz") as file:
         np.testing.assert_array_equal(file["arr_0"], images)

@@ -2,14 +2,13 @@
 
 import random
 import re
-import socket
 import subprocess
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
-from processes import call
+from processes import call, run_two
 from small_codes import files_of
 from tiny import ROOT, environment, tiny_config
 from tokenizing import (
@@ -169,27 +168,7 @@ def test_a_job_killed_five_times_leaves_the_files_of_one_that_was_not(top, flags
 
 def test_two_processes_write_the_files_of_one(top, flags, whole):
     out = top / "two"
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            call("tokenize", *flags, f"--out={out}", "--distributed"),
-            cwd=ROOT,
-            env=environment(1)
-            | {
-                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
-                "JAX_NUM_PROCESSES": "2",
-                "JAX_PROCESS_ID": str(index),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    said = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
+    said = run_two(call("tokenize", *flags, f"--out={out}", "--distributed"))
     # Each had its half: the bars count a process's own images.
     for (_, errors), own in zip(said, (308, 304), strict=True):
         assert f"{own}/{own}" in errors
