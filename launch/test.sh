@@ -7,5 +7,5 @@ source launch/environment.sh requirements.txt tests/requirements.txt
 
 ruff format --check .
 ruff check .
-# A file stays with one process, which so makes its fixtures and programs once.
-python -m pytest --numprocesses=2 --dist=loadfile "$@"
+# Each process has its half of the files, and so makes their fixtures and programs once.
+python -m pytest --numprocesses=2 --dist=worksteal "$@"
