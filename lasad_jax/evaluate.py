@@ -19,8 +19,8 @@ from pathlib import Path
 
 from absl import flags
 
-from lasad_jax.command import rows_and_columns, run
-from lasad_jax.config.sections import FITS, IMAGE_SOURCES
+from lasad_jax.command import run
+from lasad_jax.data.flags import data_fields
 from lasad_jax.data.sources import SPLITS
 from lasad_jax.evaluation.measure import METRICS, MOST_KEPT
 from lasad_jax.evaluation.protocol import PROTOCOLS
@@ -47,12 +47,6 @@ _REFERENCE = flags.DEFINE_string("reference", None, "An .npz to compare with, su
 _REFERENCE_SPLIT = flags.DEFINE_enum(
     "reference_split", None, SPLITS, "What --reference is of, where its name does not tell."
 )
-_SOURCE = flags.DEFINE_enum("source", None, IMAGE_SOURCES, "The real images; the run's if unset.")
-_DIRECTORY = flags.DEFINE_string("directory", None, "The source's folder.")
-_NAME = flags.DEFINE_string("name", None, "Data set of tfds.")
-_LABELS = flags.DEFINE_string("labels", None, "CSV of folder.")
-_SIZE = flags.DEFINE_list("image_size", None, "Rows and columns; those of the samples if unset.")
-_FIT = flags.DEFINE_enum("fit", None, FITS, "How real images are brought to that size.")
 _SPLIT = flags.DEFINE_enum(
     "split", None, SPLITS, "Part of the source to compare with; what the protocol says if unset."
 )
@@ -76,14 +70,6 @@ def evaluate() -> None:
             )
     if _TOKENIZER.present and (_SAMPLES.present or _WORKDIR.present):
         raise ValueError("tokenizer: it goes without --samples and --workdir; leave these out")
-    data = {
-        "source": _SOURCE.value,
-        "directory": _DIRECTORY.value,
-        "name": _NAME.value,
-        "labels": _LABELS.value,
-        "image_size": _SIZE.value and rows_and_columns("image_size", _SIZE.value),
-        "fit": _FIT.value,
-    }
     path = lambda flag: Path(flag.value) if flag.value else None
     request = Request(
         workdir=path(_WORKDIR),
@@ -99,7 +85,7 @@ def evaluate() -> None:
         keep_samples=_KEEP.value,
         out=path(_OUT),
         cache=path(_CACHE),
-        data={name: value for name, value in data.items() if value is not None},
+        data=data_fields(),
         split=_SPLIT.value,
         reference=path(_REFERENCE),
         reference_split=_REFERENCE_SPLIT.value,

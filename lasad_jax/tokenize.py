@@ -14,15 +14,14 @@ where it was stopped.
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
 
-from lasad_jax.command import rows_and_columns, run
-from lasad_jax.config.sections import FITS, IMAGE_SOURCES
+from lasad_jax.command import run
 from lasad_jax.data.codes import Job, store_job, write_codes
 from lasad_jax.data.crops import CROPS, view_names, views
+from lasad_jax.data.flags import data_fields
 from lasad_jax.data.images import common_size
 from lasad_jax.data.sources import SPLITS, open_source
 from lasad_jax.data.tokens import TOKENIZER_FILE
@@ -32,13 +31,6 @@ from lasad_jax.training.tokenizer_task import load_any_tokenizer
 
 _TOKENIZER = flags.DEFINE_string("tokenizer", None, "A tokenizer's run directory or file.")
 _OUT = flags.DEFINE_string("out", None, "Folder of the codes; made if missing.")
-_SOURCE = flags.DEFINE_enum("source", None, IMAGE_SOURCES, "Where images come from.")
-_DIRECTORY = flags.DEFINE_string("directory", None, "The source's folder.")
-_NAME = flags.DEFINE_string("name", None, "Data set of tfds.")
-_LABELS = flags.DEFINE_string("labels", None, "CSV of folder.")
-_SIZE = flags.DEFINE_list("image_size", None, "Rows and columns, or one number for both.")
-_FIT = flags.DEFINE_enum("fit", None, FITS, "How images are brought to that size.")
-_BACKGROUND = flags.DEFINE_integer("background", None, "Grey behind transparent pixels.", 0, 255)
 _CROPS = flags.DEFINE_enum("crops", "flip", CROPS, "Views stored of each training image.")
 _RATIOS = flags.DEFINE_list("ratios", ["1.1"], "Sizes, relative, that ten crops are cut from.")
 _BATCH = flags.DEFINE_integer("batch_size", 64, "Views encoded at a time by a process.", 1)
@@ -57,7 +49,7 @@ _DTYPE = flags.DEFINE_enum(
 def tokenize(tokenizer: Path, out: Path) -> None:
     """Writes the codes that the flags ask for."""
     config, params, data = load_any_tokenizer(tokenizer)
-    data = dataclasses.replace(data, **_data_flags())
+    data = dataclasses.replace(data, **data_fields())
     sources = {split: open_source(data, split, channels=config.channels) for split in SPLITS}
     size = common_size(data, sources["train"])
     crops = {"train": (_CROPS.value, _ratios()), "test": ("center", ())}
@@ -97,20 +89,6 @@ def tokenize(tokenizer: Path, out: Path) -> None:
             f"{split}: {content.images} images x {content.augmentations} views, "
             f"{len(content.unreadable)} unreadable"
         )
-
-
-def _data_flags() -> dict[str, Any]:
-    """The fields of DataConfig that the flags set."""
-    values = {
-        "source": _SOURCE.value,
-        "directory": _DIRECTORY.value,
-        "name": _NAME.value,
-        "labels": _LABELS.value,
-        "image_size": None if _SIZE.value is None else rows_and_columns("image_size", _SIZE.value),
-        "fit": _FIT.value,
-        "background": _BACKGROUND.value,
-    }
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def _ratios() -> tuple[float, ...]:

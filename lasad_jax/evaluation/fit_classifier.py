@@ -28,6 +28,7 @@ from lasad_jax.evaluation.classifier_files import (
     read_classifier,
     save_classifier,
 )
+from lasad_jax.evaluation.extract import size
 from lasad_jax.training.metrics import progress_bar
 
 __all__ = [
@@ -154,10 +155,11 @@ def _check(real: ImageSet, held_out: ImageSet) -> Architecture:
             f"classifier: it takes images to train on and others to try it on, got "
             f"{len(real.images)} and {len(held_out.images)}"
         )
-    if held_out.images.shape[1:] != real.images.shape[1:]:
+    theirs, ours = held_out.images.shape[1:], real.images.shape[1:]
+    if theirs != ours:
         raise ValueError(
-            f"classifier: held-out images are {_size(held_out)}, but those to train on "
-            f"{_size(real)}; bring both to one size"
+            f"classifier: held-out images are {size(theirs)}, but those to train on "
+            f"{size(ours)}; bring both to one size"
         )
     unknown = np.setdiff1d(held_out.labels, real.labels)
     if unknown.size:
@@ -265,7 +267,3 @@ def _logits(
         padded[: len(batch)] = batch
         batches.append(np.asarray(features(architecture, params, padded).logits)[: len(batch)])
     return np.concatenate(batches)
-
-
-def _size(images: ImageSet) -> str:
-    return " x ".join(map(str, images.images.shape[1:]))
