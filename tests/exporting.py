@@ -21,14 +21,14 @@ GUIDED = SamplingConfig(guidance=1.5, guidance_schedule="linear", top_k=9, top_p
 VARIANTS = [
     {"decay": "raster", "grid": (3, 5)},
     {"decay": "raster", "key_dim": 4, "grid": (1, 7), "selective": False},
-    {"decay": "sequence", "key_dim": 12, "local_conv": False, "grid": (3, 5)},
+    {"decay": "sequence", "key_dim": 12, "local_conv": "off", "grid": (3, 5)},
     {"decay": "sequence", "selective": False, "rope": False},
     {"decay": "none", "grid": (5, 1), "rope": False},
-    {"decay": "none", "selective": False, "local_conv": False, "key_dim": 4},
+    {"decay": "none", "selective": False, "local_conv": "off", "key_dim": 4},
     {"decay": "manhattan", "selective": False, "key_dim": 4, "grid": (3, 5)},
-    {"decay": "manhattan", "selective": False, "local_conv": False, "rope": False, "grid": (1, 7)},
+    {"decay": "manhattan", "selective": False, "local_conv": "off", "rope": False, "grid": (1, 7)},
     {"mixer": "softmax", "grid": (3, 5)},
-    {"mixer": "softmax", "rope": False, "grid": (5, 1)},
+    {"mixer": "softmax", "rope": False, "grid": (5, 1), "local_conv": "on"},
 ]
 
 
@@ -76,9 +76,11 @@ def torch_model(seed=0, **changes) -> modeling_lasadgen.LASADGen:
         "mixer": "lasad",
         "decay": "raster",
         "selective": True,
-        "local_conv": True,
+        "local_conv": changes.get("mixer") != "softmax",
         "rope": True,
     }
+    if "local_conv" in changes:
+        changes["local_conv"] = changes["local_conv"] == "on"
     model = modeling_lasadgen.LASADGen(modeling_lasadgen.ModelConfig(**fields | changes))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -16,6 +16,8 @@ from lasad_jax.ops.passes import add_norm, gated_products, local_conv, row_losse
 from lasad_jax.training.cross_entropy import mean_loss
 
 EPSILON = 1e-5
+# Rows down and columns to the right of what a token's convolution sees besides itself.
+EARLIER = [(0, -1), (0, -2), *((row, column) for row in (-1, -2) for column in range(-2, 3))]
 CONFIG = ModelConfig(
     vocab_size=13,
     num_classes=3,
@@ -76,6 +78,8 @@ def plain_loss(config, params, tokens, labels):
         kernels = (block["ffn"][name]["kernel"] for name in ("gate", "up", "down"))
         gate, up, down = kernels
         y = normed(x, block["ffn_norm"]["scale"])
+        if config.has_local_conv:
+            y = convolved(y, block["conv"]["kernel"], config.grid[1])
         x += (jax.nn.silu(y @ gate) * (y @ up)) @ down
     logits = normed(x, params["final_norm"]["scale"]) @ params["head"]["kernel"]
     right = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[..., None], axis=-1)
@@ -89,8 +93,6 @@ def normed(x, scale):
 def plain_mixer(config, params, x):
     places = np.arange(config.num_tokens)[: x.shape[1] - 1]
     rows, columns = np.divmod(places, config.grid[1])
-    if config.local_conv:
-        x = convolved(x, params["conv"]["kernel"], rows, columns)
     project = lambda name: jnp.einsum("bnd,dhk->bnhk", x, params[name]["kernel"])
     q, k, v, gate = map(project, ("q", "k", "v", "out_gate"))
     q, k = jax.nn.silu(q) * config.query_dim**-0.5, jax.nn.silu(k)
@@ -111,11 +113,12 @@ def plain_mixer(config, params, x):
     return jnp.einsum("bthv,hvd->btd", out, params["out"]["kernel"])
 
 
-def convolved(x, kernel, rows, columns):
+def convolved(x, kernel, width):
     """x and, at each tap, the token that stands there, if any does."""
+    rows, columns = np.divmod(np.arange(x.shape[1] - 1), width)
     token = {place: 1 + i for i, place in enumerate(zip(rows, columns, strict=True))}
     y = x + kernel[0] * x
-    for tap, (down, right) in enumerate([(0, -1), (-1, -1), (-1, 0), (-1, 1)], start=1):
+    for tap, (down, right) in enumerate(EARLIER, start=1):
         pairs = [
             (here, token[row + down, column + right])
             for (row, column), here in token.items()
@@ -154,7 +157,7 @@ def kernels_without_a_gpu(monkeypatch):
 PLAIN_CASES = [
     {},
     {"grid": (1, 7), "key_dim": 16, "num_heads": 1},
-    {"grid": (4, 3), "selective": False, "rope": False, "local_conv": False},
+    {"grid": (4, 3), "key_dim": 16, "selective": False, "rope": False, "local_conv": "off"},
 ]
 
 

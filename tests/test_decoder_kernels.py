@@ -9,7 +9,7 @@ from test_models import tiny_model
 
 from lasad_jax.models import decoder
 from lasad_jax.models.layers import NORM_EPSILON
-from lasad_jax.models.local_conv import TAPS
+from lasad_jax.ops.passes.local_conv import TAPS, num_recent
 from lasad_jax.ops.kernels import decode_triton
 from lasad_jax.ops.ring import NUM_RECENT, ROWS, Ring
 
@@ -81,7 +81,7 @@ def held(ring):
 @pytest.mark.parametrize("grid", [(6, 6), (1, 7), (5, 1)])
 def test_norm_conv_kernel_is_the_plain_form(grid, dtype):
     config, _, layer, random = one_layer({"width": 48, "grid": grid}, dtype)
-    recent = random(3, grid[1] + 1, config.width)
+    recent = random(3, num_recent(grid[1]), config.width)
     plain = quick_jit(lambda *args: decoder._norm_conv("xla", config, layer, *args))
     kernel = quick_jit(
         lambda *args: decode_triton.norm_conv(
@@ -106,9 +106,10 @@ def test_the_index_may_be_a_loops_counter():
     config, weights, layer, random = one_layer({"width": 64, "grid": (6, 6)}, "bfloat16")
     lead, size = (3, config.num_heads), config.query_dim
     rows, log_weight = random(*lead, ROWS, size), jnp.zeros((*lead, ROWS))
-    ring = Ring(random(*lead, size, size), rows, rows, log_weight)
+    values = random(*lead, ROWS, config.value_dim)
+    ring = Ring(random(*lead, size, config.value_dim), rows, values, log_weight)
     projection = random(lead[0], layer.projection.shape[1])
-    recent, x = random(3, config.grid[1] + 1, config.width), random(3, config.width)
+    recent, x = random(3, num_recent(config.grid[1]), config.width), random(3, config.width)
 
     def run(ring, recent, x):
         def step(i, carry):

@@ -114,7 +114,7 @@ def test_bfloat16_rounds_matrices_only(tmp_path):
             exact = np.asarray(exact.astype(jnp.bfloat16), np.float32)
         np.testing.assert_array_equal(x, exact)
     model = TorchLASADGen.from_pretrained(folder)
-    assert model.head.weight.dtype == model.blocks[0].mixer.conv.weight.dtype == torch.bfloat16
+    assert model.head.weight.dtype == model.blocks[0].conv.weight.dtype == torch.bfloat16
     assert model.blocks[0].mixer.row_rate.dtype == model.final_norm.weight.dtype == torch.float32
     assert verify(folder, export.config.model, export.params, export.config.sampling).difference
 

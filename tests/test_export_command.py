@@ -90,7 +90,7 @@ def test_export_command_and_what_it_writes_alone(workdir, tmp_path):
 
 def test_cards_name_what_was_exported():
     card = model_card("mine", make_export(), Verification(2.3e-6, 40))
-    assert "# mine\n" in card and "decay `raster`, content gate, local convolution, 2D RoPE" in card
+    assert "# mine\n" in card and "decay `raster`, content gate, 2D RoPE, local convolution" in card
     assert "differ by at most 2e-06; 40 codes" in card and "{" not in card.replace("{\n", "")
     softmax = make_export(mixer="softmax", tokenizer=(SMALL, None))
     card = model_card("x", dataclasses.replace(softmax, class_names=None), None)

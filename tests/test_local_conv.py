@@ -37,7 +37,7 @@ def inputs(grid, num_prefix, num_tokens, width, batch=2, seed=0):
     """x, kernel and a cotangent in float64; tokens are representable in bf16."""
     rng = np.random.default_rng([seed, *grid, num_prefix, num_tokens, width])
     x, d_y = np.float64(rng.standard_normal((2, batch, num_tokens, width)).astype(jnp.bfloat16))
-    kernel = np.float64(rng.standard_normal((5, width)).astype(np.float32))
+    kernel = np.float64(rng.standard_normal((13, width)).astype(np.float32))
     return (x, kernel), d_y
 
 
@@ -47,9 +47,9 @@ def oracle(x, kernel, d_y, grid, num_prefix):
     d_kernel[0] = (d_y * x).sum((0, 1))
     for n in range(num_prefix, x.shape[1]):
         row, column = divmod(n - num_prefix, grid[1])
-        for tap, (r, c) in enumerate(
-            [(row, column - 1), (row - 1, column - 1), (row - 1, column), (row - 1, column + 1)], 1
-        ):
+        left = [(row, column - 1), (row, column - 2)]
+        above = [(row - up, column + right) for up in (1, 2) for right in range(-2, 3)]
+        for tap, (r, c) in enumerate(left + above, 1):
             if r >= 0 and 0 <= c < grid[1]:
                 m = num_prefix + r * grid[1] + c
                 y[:, n] += kernel[tap] * x[:, m]
@@ -105,7 +105,7 @@ def test_lowers_to_one_launch_each_way():
     shape = jax.ShapeDtypeStruct
     for dtype, width in ((jnp.bfloat16, 768), (jnp.float16, 80), (jnp.float32, 1280)):
         x = shape((2, 256, width), dtype)
-        args = (x, shape((5, width), jnp.float32))
+        args = (x, shape((13, width), jnp.float32))
         convolve = functools.partial(local_conv, grid=(16, 16))
         run = functools.partial(results, convolve)
         for device, launches in (("H200", 2), ("A100", 2), ("v5e", 0)):
@@ -145,15 +145,15 @@ def test_each_device_convolves_its_own_images(batch, own, monkeypatch):
     assert set(seen) == {own}
     assert_close(got, want, 2e-6)
     sent = re.findall(r"= (\S+?)\{.* (?:all-|collective-|reduce-scatter)\S*\(", run.as_text())
-    assert sent == (["f32[5,16]"] if own < batch else [])
+    assert sent == (["f32[13,16]"] if own < batch else [])
 
 
 def test_bad_input_is_refused():
-    x, kernel = (jnp.zeros(shape) for shape in ((2, 7, 16), (5, 16)))
+    x, kernel = (jnp.zeros(shape) for shape in ((2, 7, 16), (13, 16)))
     cases = [
         ({"implementation": "fast"}, "'fast' is not one of"),
         ({"grid": (1, 5)}, "N up to 6"),
-        ({"kernel": kernel[:4]}, r"kernel: expected \(5, 16\)"),
+        ({"kernel": kernel[:4]}, r"kernel: expected \(13, 16\)"),
         ({"implementation": "triton"}, "needs an NVIDIA GPU"),
     ]
     good = {"x": x, "kernel": kernel, "grid": (2, 3)}
@@ -172,7 +172,7 @@ def test_one_token_at_a_time_is_the_sequence():
     want, nothing = apply(x)
     assert nothing is None
     for start in (1, 9):
-        ring = jnp.full((2, 6, 16), 7.0)
+        ring = jnp.full((2, 12, 16), 7.0)
         first, ring = apply(x[:, :start], ring)
         parts = [first]
         for n in range(start, 16):

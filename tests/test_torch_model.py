@@ -61,9 +61,8 @@ def test_a_code_changes_only_what_comes_after_it(changes):
 def test_the_state_does_not_grow(changes):
     model = torch_model(**changes)
     codes, labels = random_codes(model)
-    size = lambda states: sum(
-        x.numel() for state in states for x in vars(state).values() if x is not None
-    )
+    kept = lambda layer: [*vars(layer.mixer).values(), layer.recent]
+    size = lambda layers: sum(x.numel() for layer in layers for x in kept(layer) if x is not None)
     assert size(stepwise(model, codes, labels)[1]) == size(model.init_states(len(labels)))
 
 

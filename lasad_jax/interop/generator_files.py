@@ -110,6 +110,7 @@ def architecture(config: ModelConfig) -> dict[str, Any]:
         "grid": list(config.grid),
         "key_dim": config.query_dim,
         "ffn_width": ffn_width(config),
+        "local_conv": config.has_local_conv,
     }
 
 
@@ -130,12 +131,13 @@ def read_config(folder: str | Path) -> ModelConfig:
         if missing := [name for name in _ARCHITECTURE if name not in values]:
             raise ValueError(f"{', '.join(missing)} missing")
         fields = {name: values[name] for name in _ARCHITECTURE}
-        config = ModelConfig(**fields | {"grid": tuple(values["grid"])})
-    except (ValueError, TypeError, AttributeError) as error:
+        switch = {True: "on", False: "off"}[values["local_conv"]]
+        config = ModelConfig(**fields | {"grid": tuple(values["grid"]), "local_conv": switch})
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"generator: {path} describes no generator ({error}); {_HINT}") from error
-    # Sizes that are the default ones are written as such.
-    for name in ("key_dim", "ffn_width"):
-        default = dataclasses.replace(config, **{name: 0})
+    # What is the default is written as such.
+    for name, value in {"key_dim": 0, "ffn_width": 0, "local_conv": "auto"}.items():
+        default = dataclasses.replace(config, **{name: value})
         config = default if architecture(default) == architecture(config) else config
     return config
 

@@ -115,5 +115,6 @@ def _mixer(model: ModelConfig) -> str:
     parts = ["softmax attention"]
     if model.mixer == "lasad":
         parts = [f"LASAD with decay `{model.decay}`"]
-        parts += ["content gate"] * model.selective + ["local convolution"] * model.local_conv
-    return ", ".join(parts + ["2D RoPE"] * model.rope)
+        parts += ["content gate"] * model.selective
+    parts += ["2D RoPE"] * model.rope + ["local convolution"] * model.has_local_conv
+    return ", ".join(parts)

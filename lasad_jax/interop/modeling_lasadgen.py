@@ -21,7 +21,6 @@ value, F feed-forward, R rows, C columns, V codes. Parameters, in the layout of 
     token_embedding.weight             (V, D)
     class_embedding.weight             (classes + 1, D)     the last row is "no class"
     blocks.I.mixer_norm.weight         (D)
-    blocks.I.mixer.conv.weight         (D, 5)               local_conv; a column for each of TAPS
     blocks.I.mixer.q.weight, k.weight  (H Dk, D)
     blocks.I.mixer.v.weight            (H Dv, D)
     blocks.I.mixer.out_gate.weight     (H Dv, D)            not softmax
@@ -33,6 +32,7 @@ value, F feed-forward, R rows, C columns, V codes. Parameters, in the layout of 
     blocks.I.mixer.norm.weight         (H, Dv)              not softmax
     blocks.I.mixer.out.weight          (D, H Dv)
     blocks.I.ffn_norm.weight           (D)
+    blocks.I.conv.weight               (D, 13)              local_conv; a column for each of TAPS
     blocks.I.ffn.gate.weight           (F, D)
     blocks.I.ffn.up.weight             (F, D)
     blocks.I.ffn.down.weight           (D, F)
@@ -56,8 +56,12 @@ from torch import Tensor, nn
 
 NORM_EPSILON = 1e-5
 ROPE_BASE = 1e4
-# Rows down and columns to the right of each neighbour in the local convolution.
-TAPS = ((0, 0), (0, -1), (-1, -1), (-1, 0), (-1, 1))
+# Rows down and columns to the right of each neighbour in the local convolution: the token, those
+# to its left, then the row above it and the one above that.
+TAPS = (
+    *((0, 0), (0, -1), (0, -2)),
+    *((-up, right) for up in (1, 2) for right in (-2, -1, 0, 1, 2)),
+)
 RATES = {
     "none": (),
     "sequence": ("rate",),
@@ -69,7 +73,7 @@ GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The architecture, as in config.json. `decay`, `selective` and `local_conv` are LASAD's."""
+    """The architecture, as in config.json. `decay` and `selective` are LASAD's."""
 
     vocab_size: int
     num_classes: int
@@ -197,8 +201,8 @@ def rotate(x: Tensor, turns: Tensor | None) -> Tensor:
 
 
 class LocalConv(nn.Module):
-    """Causal 3x3 depthwise convolution on the grid: x plus a weighted sum, per channel, of the
-    token and its four earlier neighbours. Nothing wraps around the end of a row; the prefix is
+    """Causal 5x5 depthwise convolution on the grid: x plus a weighted sum, per channel, of the
+    token and its twelve earlier neighbours. Nothing wraps around the end of a row; the prefix is
     nobody's neighbour."""
 
     def __init__(self, config: ModelConfig):
@@ -206,16 +210,21 @@ class LocalConv(nn.Module):
         self.columns = config.grid[1]
         self.weight = nn.Parameter(torch.zeros(config.width, len(TAPS)))
 
+    def init_recent(self, batch: int) -> Tensor:
+        """Before any token."""
+        return self.weight.new_zeros(batch, 2 * self.columns + 2, len(self.weight))
+
     def forward(self, x: Tensor, recent: Tensor | None, index: int) -> Tensor:
         """Of a whole sequence or, with `recent`, of token number `index`.
 
-        `recent`, (B, C + 1, D), is the ring of the newest inputs, slot i % (C + 1) for token i.
+        `recent`, (B, W, D), is the ring of the W = 2 C + 2 newest inputs, slot i % W for token i.
         """
         own, *weights = self.weight.float().unbind(1)
         place = index + torch.arange(x.shape[1], device=x.device) - 1
         y = x.float() * (1 + own)
         for (down, right), weight in zip(TAPS[1:], weights, strict=True):
-            back, column = -down * self.columns - right, place % self.columns + right
+            # In a narrow grid no token has a neighbour that would lie ahead.
+            back, column = max(0, -down * self.columns - right), place % self.columns + right
             exists = (place >= back) & (place >= 0) & (column >= 0) & (column < self.columns)
             if recent is None:
                 neighbour = F.pad(x, (0, 0, back, 0))[:, : x.shape[1]]
@@ -268,13 +277,11 @@ class LASADState:
       prefix_k, prefix_v: key and value of the prefix, (B, H, Dk) and (B, H, Dv).
       memory: decayed sum of k v^T as of the last token, (B, H, Dk, Dv) in float32; for
         `manhattan` (B, H, C, Dk, Dv), each column as of its own last token.
-      recent: of `LocalConv`.
     """
 
     prefix_k: Tensor
     prefix_v: Tensor
     memory: Tensor
-    recent: Tensor | None
 
 
 class LASADMixer(nn.Module):
@@ -284,7 +291,6 @@ class LASADMixer(nn.Module):
         super().__init__()
         self.config = config
         width, heads = config.width, config.num_heads
-        self.conv = LocalConv(config) if config.local_conv else None
         self.q = nn.Linear(width, heads * config.key_dim, bias=False)
         self.k = nn.Linear(width, heads * config.key_dim, bias=False)
         self.v = nn.Linear(width, width, bias=False)
@@ -297,15 +303,13 @@ class LASADMixer(nn.Module):
 
     def init_state(self, batch: int) -> LASADState:
         """Before any token."""
-        config, weight = self.config, self.q.weight
-        Dk, Dv, C = config.key_dim, config.value_dim, config.grid[1]
-        zeros = lambda *shape: weight.new_zeros((batch, *shape), dtype=torch.float32)
-        columns = (C,) if config.decay == "manhattan" else ()
+        config, Dk, Dv = self.config, self.config.key_dim, self.config.value_dim
+        zeros = lambda *shape: self.q.weight.new_zeros((batch, *shape), dtype=torch.float32)
+        columns = config.grid[1:] if config.decay == "manhattan" else ()
         return LASADState(
             prefix_k=zeros(config.num_heads, Dk),
             prefix_v=zeros(config.num_heads, Dv),
             memory=zeros(config.num_heads, *columns, Dk, Dv),
-            recent=zeros(C + 1, config.width).to(weight.dtype) if config.local_conv else None,
         )
 
     def forward(
@@ -313,8 +317,6 @@ class LASADMixer(nn.Module):
     ) -> Tensor:
         """Of a whole sequence (B, N, D) or, with a state, which it updates, of token `index`."""
         config, heads = self.config, self.config.num_heads
-        if self.conv is not None:
-            x = self.conv(x, None if state is None else state.recent, index)
         split = lambda y: y.float().unflatten(-1, (heads, -1))
         q = rotate(F.silu(split(self.q(x))), turns) * config.key_dim**-0.5
         k = rotate(F.silu(split(self.k(x))), turns)
@@ -413,19 +415,45 @@ MIXERS = {"lasad": LASADMixer, "softmax": SoftmaxMixer}
 # The network
 
 
+@dataclasses.dataclass
+class LayerState:
+    """What a layer remembers: its mixer and, as `recent`, its local convolution."""
+
+    mixer: LASADState | SoftmaxState
+    recent: Tensor | None
+
+
 class Block(nn.Module):
-    """A mixer and a feed-forward on the residual stream."""
+    """A mixer and a feed-forward, which sees a token's neighbourhood as well, on the residual
+    stream."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.mixer_norm = RMSNorm(config.width)
         self.mixer = MIXERS[config.mixer](config)
         self.ffn_norm = RMSNorm(config.width)
+        self.conv = LocalConv(config) if config.local_conv else None
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, turns: Tensor | None, state=None, index: int = 0) -> Tensor:
-        x = x + self.mixer(self.mixer_norm(x), turns, state, index)
-        return x + self.ffn(self.ffn_norm(x))
+    def init_state(self, batch: int) -> LayerState:
+        """Before any token."""
+        recent = None if self.conv is None else self.conv.init_recent(batch)
+        return LayerState(self.mixer.init_state(batch), recent)
+
+    def forward(
+        self,
+        x: Tensor,
+        turns: Tensor | None,
+        state: LayerState | None = None,
+        index: int = 0,
+    ) -> Tensor:
+        """Of a whole sequence (B, N, D) or, with a state, which it updates, of token `index`."""
+        mixer, recent = (None, None) if state is None else (state.mixer, state.recent)
+        x = x + self.mixer(self.mixer_norm(x), turns, mixer, index)
+        y = self.ffn_norm(x)
+        if self.conv is not None:
+            y = self.conv(y, recent, index)
+        return x + self.ffn(y)
 
 
 class LASADGen(nn.Module):
@@ -509,11 +537,11 @@ class LASADGen(nn.Module):
         x = torch.cat([prefix, self.token_embedding(codes[:, :-1])], dim=1)
         return self._logits(x, [None] * len(self.blocks), 0)
 
-    def init_states(self, batch: int) -> list[LASADState | SoftmaxState]:
+    def init_states(self, batch: int) -> list[LayerState]:
         """What each layer remembers before any token."""
-        return [block.mixer.init_state(batch) for block in self.blocks]
+        return [block.init_state(batch) for block in self.blocks]
 
-    def step(self, tokens: Tensor, states: list[LASADState | SoftmaxState], index: int) -> Tensor:
+    def step(self, tokens: Tensor, states: list[LayerState], index: int) -> Tensor:
         """Reads token number `index` of each image and updates the states.
 
         Args:

@@ -9,6 +9,7 @@ from lasad_jax.ops import IMPLEMENTATIONS
 MIXERS = ("lasad", "softmax")
 DECAYS = ("none", "sequence", "raster", "manhattan")
 REMATS = ("none", "block", "cheap")
+SWITCH = ("auto", "on", "off")
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -21,13 +22,15 @@ class ModelConfig:
       num_classes: class labels are 0 to num_classes - 1; num_classes is the null class.
       grid: rows and columns (R, C) of an image's code grid.
       num_layers, width, num_heads: depth, D, H. The value dimension Dv is width / num_heads.
-      key_dim: Dk per head; 0 means Dv.
+      key_dim: Dk per head; 0 means Dv for the softmax mixer and, for LASAD, half of it (filled up
+        to a multiple of 8).
       ffn_width: hidden width of the feed-forward; 0 means LlamaGen's for the softmax mixer
         and, for LASAD, whatever gives both the same number of parameters.
       mixer: "lasad", or "softmax" (the baseline).
       decay: LASAD's decay family: "none", "sequence", "raster" or "manhattan".
       selective: add a learned, input-dependent decay (not with "manhattan").
-      local_conv: causal 3x3 depthwise convolution on the grid before the projections.
+      local_conv: causal 5x5 depthwise convolution on the grid before the feed-forward: "on",
+        "off", or "auto": with LASAD, but not with softmax, since LlamaGen has none.
       rope: 2D rotary embedding of queries and keys.
       dropout: rate on the token embedding and on every residual branch.
       class_dropout: rate at which a label becomes the null class in training.
@@ -52,7 +55,7 @@ class ModelConfig:
     mixer: str = "lasad"
     decay: str = "raster"
     selective: bool = True
-    local_conv: bool = True
+    local_conv: str = "auto"
     rope: bool = True
     dropout: float = 0.1
     class_dropout: float = 0.1
@@ -67,6 +70,7 @@ class ModelConfig:
             "mixer": MIXERS,
             "decay": DECAYS,
             "remat": REMATS,
+            "local_conv": SWITCH,
             "dtype": DTYPES,
             "param_dtype": DTYPES,
             "implementation": IMPLEMENTATIONS,
@@ -118,7 +122,14 @@ class ModelConfig:
     @property
     def query_dim(self) -> int:
         """Dk, the query and key dimension per head."""
-        return self.key_dim or self.value_dim
+        if self.key_dim or self.mixer == "softmax":
+            return self.key_dim or self.value_dim
+        return min(self.value_dim, -(-self.value_dim // 16) * 8)
+
+    @property
+    def has_local_conv(self) -> bool:
+        """What `local_conv` comes to."""
+        return self.local_conv == "on" or (self.local_conv == "auto" and self.mixer == "lasad")
 
     @property
     def compute_dtype(self) -> jnp.dtype:

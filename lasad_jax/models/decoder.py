@@ -39,22 +39,24 @@ IMPLEMENTATIONS = ("auto", "xla", "triton")
 
 
 @struct.dataclass
-class LASADLayer:
-    """One LASAD layer's cache; for `manhattan` the operator's own state.
-
-    `recent` is the ring of the local convolution's newest inputs, slot i % (C + 1) for token i.
-    """
-
-    state: Ring | ops.State
-    recent: Float[Array, "B W D"] | None
-
-
-@struct.dataclass
-class SoftmaxLayer:
-    """One softmax layer's keys and values."""
+class KeysValues:
+    """What a softmax mixer remembers."""
 
     k: Float[Array, "B N H Dk"]
     v: Float[Array, "B N H Dv"]
+
+
+@struct.dataclass
+class Layer:
+    """What a layer remembers.
+
+    Attributes:
+      mixer: for `manhattan` the operator's own state.
+      recent: newest inputs of the local convolution (`local_conv.init_recent`).
+    """
+
+    mixer: Ring | ops.State | KeysValues
+    recent: Float[Array, "B W D"] | None
 
 
 @struct.dataclass
@@ -62,7 +64,7 @@ class Cache:
     """What the decoder remembers: the number of tokens seen, and each layer's own."""
 
     index: Int[Array, ""]
-    layers: tuple[LASADLayer | SoftmaxLayer, ...]
+    layers: tuple[Layer, ...]
 
 
 def prefill(
@@ -78,10 +80,11 @@ def start(config: ModelConfig, cache: PyTree) -> Cache:
     """The decoder's cache from the one that `LASADGen.prefill` returned."""
     split = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
     if config.mixer == "softmax":
-        return Cache(split[0].index, tuple(SoftmaxLayer(layer.k, layer.v) for layer in split))
-    begin = (lambda state: state) if config.decay == "manhattan" else start_ring
-    layers = tuple(LASADLayer(begin(layer.state), layer.recent) for layer in split)
-    return Cache(split[0].state.index, layers)
+        begin = lambda cache: KeysValues(cache.k, cache.v)
+    else:
+        begin = (lambda state: state) if config.decay == "manhattan" else start_ring
+    layers = tuple(Layer(begin(layer.mixer), layer.recent) for layer in split)
+    return Cache(split[0].mixer.index, layers)
 
 
 def resolve_implementation(config: ModelConfig, implementation: str = "auto") -> str:
@@ -156,24 +159,25 @@ def decode(
 def _layer(config, form, fused, layer, turns, x, remembered, index):
     """One layer of `decode`: the residual stream and what the layer remembers."""
     mixer = _softmax if config.mixer == "softmax" else functools.partial(_lasad, form)
-    mixed, remembered = mixer(config, fused, layer, turns, x, remembered, index)
-    x = project_add(fused, mixed, layer.out, x)
-    return project_add(fused, swiglu(fused, x, layer.gate_up), layer.down, x), remembered
+    mixed, state = mixer(config, fused, layer, turns, x, remembered.mixer, index)
+    x = y = project_add(fused, mixed, layer.out, x)
+    recent = remembered.recent
+    if recent is not None:
+        y, recent = _norm_conv(form, config, layer, x, recent, index)
+    hidden = swiglu(fused, y, layer.gate_up, norm=recent is None)
+    return project_add(fused, hidden, layer.down, x), Layer(state, recent)
 
 
 # Mixers
 
 
-def _lasad(form, config, fused, layer, turns, x, cache, index):
-    recent = cache.recent
-    if recent is not None:
-        x, recent = _norm_conv(form, config, layer, x, recent, index)
-    projection = project(fused, x, layer.projection, norm=recent is None)
+def _lasad(form, config, fused, layer, turns, x, state, index):
+    projection = project(fused, x, layer.projection)
     if form == "triton":
         from lasad_jax.ops.kernels import decode_triton
 
         out, state = decode_triton.mix(
-            cache.state,
+            state,
             projection,
             index,
             log_factor=layer.log_factor,
@@ -182,8 +186,8 @@ def _lasad(form, config, fused, layer, turns, x, cache, index):
             epsilon=NORM_EPSILON,
         )
     else:
-        out, state = mix(config, layer, projection, turns, cache.state, index)
-    return out.reshape(x.shape[0], -1), LASADLayer(state, recent)
+        out, state = mix(config, layer, projection, turns, state, index)
+    return out.reshape(x.shape[0], -1), state
 
 
 def _norm_conv(form, config, layer, x, recent, index):
@@ -233,7 +237,7 @@ def mix(
 
 
 def _softmax(config, fused, layer, turns, x, cache, index):
-    projection = project(fused, x, layer.projection, norm=True)
+    projection = project(fused, x, layer.projection)
     q, k, v = _split_heads(config, projection, 3)
     if config.rope:
         q, k = turn(q, turns[index]), turn(k, turns[index])
@@ -242,7 +246,7 @@ def _softmax(config, fused, layer, turns, x, cache, index):
     v = update(cache.v, v[:, None], index, axis=1)
     seen = index >= jnp.arange(k.shape[1])
     out = jax.nn.dot_product_attention(q[:, None], k, v, mask=seen[None, None, None])
-    return out.reshape(x.shape[0], -1), SoftmaxLayer(k, v)
+    return out.reshape(x.shape[0], -1), KeysValues(k, v)
 
 
 def _split_heads(config, projection, num_parts):

@@ -22,19 +22,13 @@ def _runs(fused: bool, x: Array, *more, **kind) -> bool:
     return obstacle(x, *more, **kind) is None
 
 
-def project(
-    fused: bool,
-    x: Float[Array, "B D"],
-    w: Float[Array, "D E"],
-    *,
-    norm: bool = False,
-) -> Float[Array, "B E"]:
-    """x w, or normalise(x) w; `fused` allows the kernel."""
+def project(fused: bool, x: Float[Array, "B D"], w: Float[Array, "D E"]) -> Float[Array, "B E"]:
+    """normalise(x) w; `fused` allows the kernel."""
     if not _runs(fused, x, w):
-        return (normalise(x) if norm else x) @ w
+        return normalise(x) @ w
     from lasad_jax.ops.kernels import decode_product
 
-    return decode_product.project(x, w, norm_eps=NORM_EPSILON if norm else None)
+    return decode_product.project(x, w, norm_eps=NORM_EPSILON)
 
 
 def project_add(
@@ -51,15 +45,17 @@ def project_add(
     return decode_product.project_add(x, w, residual)
 
 
-def swiglu(fused: bool, x: Float[Array, "B D"], w: Float[Array, "D both"]) -> Float[Array, "B F"]:
-    """silu(gate) * up of both = normalise(x) w, where w = `interleave`(gate, up)."""
+def swiglu(
+    fused: bool, x: Float[Array, "B D"], w: Float[Array, "D both"], *, norm: bool
+) -> Float[Array, "B F"]:
+    """silu(gate) * up of both = x w, or normalise(x) w, where w = `interleave`(gate, up)."""
     both, width = w.shape[1], pair_width(w.shape[1] // 2)
     if width != PAIR or not _runs(fused, x, w, gated=True):
-        pairs = (normalise(x) @ w).reshape(-1, both // (2 * width), 2, width)
+        pairs = ((normalise(x) if norm else x) @ w).reshape(-1, both // (2 * width), 2, width)
         return (jax.nn.silu(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(-1, both // 2)
     from lasad_jax.ops.kernels import decode_product
 
-    return decode_product.swiglu(x, w, norm_eps=NORM_EPSILON)
+    return decode_product.swiglu(x, w, norm_eps=NORM_EPSILON if norm else None)
 
 
 def normalise(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:

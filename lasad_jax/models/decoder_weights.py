@@ -22,22 +22,23 @@ class LayerWeights:
     is in the rows of the matrix that follows it.
 
     Attributes:
-      conv: taps of the local convolution, in the compute dtype.
       projection: to [q | k | v | out_gate] of one head after the other, then the decay
         gates of all heads, then columns of zeros; for softmax to [q | k | v] of each head.
       gate_bias: bias of the decay gates.
       decay: LASAD's rates.
       log_factor: the log-factor of the step to each place, where the decay is a recurrence.
-      out, gate_up, down: output projection; gate and up, columns of both by turns
+      out: output projection.
+      conv: taps of the local convolution, in the compute dtype.
+      gate_up, down: gate and up, columns of both by turns
         (`interleave`), and down, of the feed-forward.
     """
 
-    conv: Float[Array, "taps D"] | None
     projection: Float[Array, "D columns"]
     gate_bias: Float[Array, " H"] | None
     decay: ops.Decay | None
     log_factor: Float[Array, "places H"] | None
     out: Float[Array, "values D"]
+    conv: Float[Array, "taps D"] | None
     gate_up: Float[Array, "D both"]
     down: Float[Array, "F D"]
 
@@ -77,7 +78,7 @@ def prepare(config: ModelConfig, params: PyTree) -> Weights:
 
 
 def _layer(config: ModelConfig, params: PyTree, exact) -> LayerWeights:
-    mixer, ffn = params["mixer"], params["ffn"]
+    mixer, conv, ffn = params["mixer"], params.get("conv"), params["ffn"]
     lasad = config.mixer == "lasad"
     names = ("q", "k", "v", "out_gate") if lasad else ("q", "k", "v")
     per_head = jnp.concatenate([mixer[name]["kernel"] for name in names], axis=2)
@@ -96,12 +97,12 @@ def _layer(config: ModelConfig, params: PyTree, exact) -> LayerWeights:
             log_factor = decay.step_log_factor(places, config.grid)
             log_factor = jnp.broadcast_to(log_factor, (len(places), config.num_heads))
     return LayerWeights(
-        conv=mixer["conv"]["kernel"].astype(config.compute_dtype) if "conv" in mixer else None,
         projection=jnp.concatenate(columns, axis=1),
         gate_bias=None if gate is None else exact(gate["bias"]),
         decay=decay,
         log_factor=log_factor,
         out=mixer["out"]["kernel"].reshape(-1, config.width),
+        conv=conv and conv["kernel"].astype(config.compute_dtype),
         gate_up=interleave(*(ffn[name]["kernel"] for name in ("gate", "up"))),
         down=ffn["down"]["kernel"],
     )

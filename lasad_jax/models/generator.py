@@ -5,13 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax import struct
 from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.folding import map_folded
 from lasad_jax.models.layers import AddNorm, Embedding, FeedForward, Kernel
-from lasad_jax.models.mixers import INIT_CACHES, MIXERS
-from lasad_jax.ops.keep import keep_policy
+from lasad_jax.models.local_conv import LocalConv, init_recent
+from lasad_jax.models.mixers import INIT_CACHES, MIXERS, SoftmaxCache
+from lasad_jax.ops import State
+from lasad_jax.ops.keep import keep, keep_policy
 from lasad_jax.ops.kernels.choice import device
 from lasad_jax.ops.product import product
 
@@ -21,11 +24,25 @@ _REMAT_POLICIES = {
 }
 
 
+@struct.dataclass
+class Cache:
+    """What a layer remembers of the tokens so far.
+
+    Attributes:
+      mixer: of its mixer.
+      recent: newest inputs of its local convolution, if it has one (`init_recent`).
+    """
+
+    mixer: State | SoftmaxCache
+    recent: Float[Array, "*layers B W D"] | None
+
+
 Stream = tuple[Float[Array, "B N D"], Float[Array, "B N D"]]
 
 
 class Block(nn.Module):
-    """A mixer and a feed-forward on the residual stream; a scan body over the layers.
+    """A mixer and a feed-forward, which sees a token's neighbourhood as well, on the residual
+    stream; a scan body over the layers.
 
     The carry is the stream and the branch that is still to be added to it: sum, dropout and
     norm are one pass at the beginning of the next branch. The kernels hold the norms' scales
@@ -36,13 +53,19 @@ class Block(nn.Module):
     train: bool
 
     @nn.compact
-    def __call__(self, carry: Stream, cache: PyTree | None) -> tuple[Stream, PyTree | None]:
+    def __call__(self, carry: Stream, cache: Cache | None) -> tuple[Stream, Cache | None]:
         config = self.config
+        mixer, recent, index = None, None, 0
+        if cache is not None:
+            mixer, recent, index = cache.mixer, cache.recent, cache.mixer.index
         x, y, _ = AddNorm(config, self.train, name="mixer_norm")(*carry)
-        branch, cache = MIXERS[config.mixer](config, name="mixer")(y, cache)
+        branch, mixer = MIXERS[config.mixer](config, name="mixer")(y, mixer)
         x, y, _ = AddNorm(config, self.train, name="ffn_norm")(x, _constrain(branch))
+        if config.has_local_conv:
+            y, recent = LocalConv(config, name="conv")(y, recent, index)
+            y = keep(y)
         branch = FeedForward(config, name="ffn")(y)
-        return (x, _constrain(branch)), cache
+        return (x, _constrain(branch)), None if cache is None else Cache(mixer, recent)
 
 
 def _constrain(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
@@ -123,7 +146,7 @@ class LASADGen(nn.Module):
 
     def prefill(
         self, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
-    ) -> tuple[Float[Array, "B V"], PyTree]:
+    ) -> tuple[Float[Array, "B V"], Cache]:
         """Reads the label and the first n codes (n may be 0) in one parallel pass.
 
         Returns:
@@ -134,8 +157,8 @@ class LASADGen(nn.Module):
         return self._logits((x[:, -1:], scale))[:, 0], cache
 
     def decode_step(
-        self, tokens: Int[Array, " B"], cache: PyTree
-    ) -> tuple[Float[Array, "B V"], PyTree]:
+        self, tokens: Int[Array, " B"], cache: Cache
+    ) -> tuple[Float[Array, "B V"], Cache]:
         """Reads one code; returns the logits of the next and the new cache."""
         features, cache = self._run(self.token_embedding(tokens)[:, None], cache)
         return self._logits(features)[:, 0], cache
@@ -160,9 +183,9 @@ def _default_unroll(config: ModelConfig) -> int:
     return config.num_layers if device().is_gpu else 1
 
 
-def init_cache(config: ModelConfig, batch: int) -> PyTree:
-    """The cache of all layers before any token, stacked along the first axis."""
-    one = INIT_CACHES[config.mixer](config, batch)
+def init_cache(config: ModelConfig, batch: int) -> Cache:
+    """The caches of all layers before any token, stacked along the first axis."""
+    one = Cache(INIT_CACHES[config.mixer](config, batch), init_recent(config, batch))
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (config.num_layers, *x.shape)), one)
 
 

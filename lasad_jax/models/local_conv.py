@@ -1,4 +1,4 @@
-"""Causal 3x3 depthwise convolution on the grid: what a token's own neighbourhood tells it."""
+"""Causal 5x5 depthwise convolution on the grid: what a token's own neighbourhood tells it."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,13 +7,13 @@ from jaxtyping import Array, Float, Int
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.layers import normal_init
 from lasad_jax.models.operator import mesh_axes, passes
-from lasad_jax.ops.passes.local_conv import TAPS, local_conv, next_token
+from lasad_jax.ops.passes.local_conv import TAPS, local_conv, next_token, num_recent
 
 NUM_PREFIX = 1
 
 
 class LocalConv(nn.Module):
-    """x plus a weighted sum, per channel, of the token and its four earlier neighbours.
+    """x plus a weighted sum, per channel, of the token and its twelve earlier neighbours.
 
     Nothing wraps around the end of a row, and the prefix is nobody's neighbour.
     """
@@ -31,8 +31,7 @@ class LocalConv(nn.Module):
 
         Args:
           x: tokens from the start, or one token where `index` tokens came before.
-          recent: ring of the W = C + 1 newest inputs, slot i % W for token i; None where
-            nothing will follow.
+          recent: from `init_recent`, or what was returned; None where nothing will follow.
           index: number of tokens before x.
 
         Returns:
@@ -59,3 +58,11 @@ class LocalConv(nn.Module):
             kept = jnp.arange(max(0, num_tokens - recent.shape[1]), num_tokens)
             recent = recent.at[:, kept % recent.shape[1]].set(x[:, kept])
         return y, recent
+
+
+def init_recent(config: ModelConfig, batch: int) -> Float[Array, "B W D"] | None:
+    """Before any token: the ring of the W = `num_recent(C)` newest inputs, slot i % W for token i;
+    None without the convolution."""
+    if not config.has_local_conv:
+        return None
+    return jnp.zeros((batch, num_recent(config.grid[1]), config.width), config.compute_dtype)

@@ -2,7 +2,7 @@
 
 A mixer takes a sequence from its start (`cache` None or fresh) or, with a cache, the one
 token that comes next, as `AddNorm` returns them; it returns its output and the cache after
-it.
+it. LASAD's cache is the operator's state.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.layers import NORM_EPSILON, Kernel, Scale
-from lasad_jax.models.local_conv import NUM_PREFIX, LocalConv
+from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.models.operator import linear_attention, mesh_axes, passes
 from lasad_jax.models.rope import rotate, turns
 from lasad_jax.ops.keep import keep
@@ -37,14 +37,6 @@ FAMILIES = {
 }
 # softplus(-5) is a half-life of about 100 steps: the gate starts nearly open.
 _GATE_BIAS = -5.0
-
-
-@struct.dataclass
-class LASADCache:
-    """The operator's state and, with `local_conv`, the newest inputs of the convolution."""
-
-    state: ops.State
-    recent: Float[Array, "*layers B W D"] | None
 
 
 @struct.dataclass
@@ -84,16 +76,11 @@ class LASADMixer(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], cache: LASADCache | None = None
-    ) -> tuple[Float[Array, "B N D"], LASADCache | None]:
+        self, x: Float[Array, "B N D"], cache: ops.State | None = None
+    ) -> tuple[Float[Array, "B N D"], ops.State | None]:
         config = self.config
         one_step = cache is not None and x.shape[1] == 1
-        index = cache.state.index if one_step else 0
-        recent = cache.recent if cache is not None else None
-        if config.local_conv:
-            x, recent = LocalConv(config, name="conv")(x, recent, index)
-            x = keep(x)
-
+        index = cache.index if one_step else 0
         y, bias = self._project(x)
         table = None
         if config.rope:
@@ -119,7 +106,7 @@ class LASADMixer(nn.Module):
         if one_step:
             gate = None if log_gate is None else log_gate[:, 0]
             out, state = ops.step(
-                cache.state, q[:, 0], k[:, 0], v[:, 0], decay, grid=config.grid, log_gate=gate
+                cache, q[:, 0], k[:, 0], v[:, 0], decay, grid=config.grid, log_gate=gate
             )
             out = out[:, None]
         else:
@@ -148,7 +135,7 @@ class LASADMixer(nn.Module):
             partial_gradient=True,
             **over,
         )
-        return out, None if cache is None else LASADCache(state, recent)
+        return out, state
 
     def _project(
         self, x: Float[Array, "B N D"]
@@ -191,9 +178,9 @@ def decay_of(
     return family(**{name: jax.nn.softplus(parameter(name)) for name in names})
 
 
-def init_lasad_cache(config: ModelConfig, batch: int) -> LASADCache:
-    """The cache before any token."""
-    state = ops.init_state(
+def init_lasad_cache(config: ModelConfig, batch: int) -> ops.State:
+    """The state before any token."""
+    return ops.init_state(
         FAMILIES[config.decay],
         batch=batch,
         num_heads=config.num_heads,
@@ -203,9 +190,6 @@ def init_lasad_cache(config: ModelConfig, batch: int) -> LASADCache:
         num_prefix=NUM_PREFIX,
         dtype=config.compute_dtype,
     )
-    ring = (batch, config.grid[1] + 1, config.width)
-    recent = jnp.zeros(ring, config.compute_dtype) if config.local_conv else None
-    return LASADCache(state, recent)
 
 
 class SoftmaxMixer(nn.Module):

@@ -1,4 +1,4 @@
-"""The causal 3x3 depthwise convolution on the grid, plain and with fused kernels.
+"""The causal 5x5 depthwise convolution on the grid, plain and with fused kernels.
 
     y[n] = x[n] + sum over taps t of  kernel[t] * x[the token at tap t of n]
 
@@ -17,8 +17,18 @@ from jaxtyping import Array, Bool, Float, Int
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.numerics import wide
 
-# Rows down and columns to the right of each tap: itself, left, and the three above.
-TAPS = ((0, 0), (0, -1), (-1, -1), (-1, 0), (-1, 1))
+_REACH = 2
+# Rows down and columns to the right of each tap: itself, then all earlier ones from its own row
+# upwards.
+TAPS = (
+    *((0, -right) for right in range(_REACH + 1)),
+    *((-up, right) for up in range(1, _REACH + 1) for right in range(-_REACH, _REACH + 1)),
+)
+
+
+def num_recent(columns: int) -> int:
+    """How many tokens lie between a token and its furthest tap, that one counted."""
+    return _REACH * columns + _REACH
 
 
 def neighbour(
@@ -60,7 +70,7 @@ def next_token(
 
     Args:
       x: the token.
-      recent: ring of the W = C + 1 newest inputs, slot i % W for token i.
+      recent: ring of the W = `num_recent(C)` newest inputs, slot i % W for token i.
       index: its number in the sequence, the prefix counted.
       kernel: a weight for each of `TAPS` and each channel.
       columns: C.
@@ -155,7 +165,8 @@ def _plain(x, kernel, columns, num_prefix):
     tokens = jnp.arange(num_tokens)
     y = wide_x
     for tap, (down, right) in enumerate(TAPS):
-        back = -down * columns - right
+        # In a narrow grid no token has a tap that would lie ahead.
+        back = max(0, -down * columns - right)
         shifted = jnp.pad(wide_x, [(0, 0), (back, 0), (0, 0)])[:, :num_tokens]
         exists = neighbour(tokens, tap, columns, num_prefix)[1]
         y += shifted * jnp.where(exists[:, None], kernel[tap], 0.0)
