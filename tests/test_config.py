@@ -134,9 +134,14 @@ REFUSED = [
         (OptimizerConfig, {name: 1.0}, rf"optimizer\.{name}: 1\.0 must be in \[0, 1\)")
         for name in ("b1", "b2", "ema_decay")
     ),
-    (MeshConfig, {"fsdp": -1}, r"mesh: .*\(-1, -1, 1\) must be positive, at most one"),
-    (MeshConfig, {"tensor": 0}, r"mesh: .*\(-1, 1, 0\) must be positive"),
-    (MeshConfig, {"data": -2}, r"mesh: .*\(-2, 1, 1\) must be positive"),
+    (
+        MeshConfig,
+        {"fsdp": -1},
+        r"mesh: .*\(-1, -1, 1, 1\) must be positive, or -1 for slice and at",
+    ),
+    (MeshConfig, {"tensor": 0}, r"mesh: .*\(-1, 1, 0, 1\) must be positive"),
+    (MeshConfig, {"data": -2}, r"mesh: .*\(-2, 1, 1, 1\) must be positive"),
+    (MeshConfig, {"slice": 0}, r"mesh: .*\(-1, 1, 1, 0\) must be positive"),
     (
         SamplingConfig,
         {"guidance_schedule": "x"},

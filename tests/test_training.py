@@ -243,7 +243,7 @@ def test_a_run_that_is_not_finite_stops_and_goes_on_from_its_checkpoint(tmp_path
         ({"batch_size": 1600}, r"config\.batch_size: 1600 is more than the 1442 training"),
         ({"batch_size": 12}, r"config\.batch_size: 12 must be a multiple of 8"),
         ({"optimizer": {"accumulate": 4}}, r"config\.batch_size: 16 must be a multiple of 32"),
-        ({"mesh": {"data": 3}}, r"mesh: .*\(3, 1, 1\) does not multiply to the 8 devices"),
+        ({"mesh": {"data": 3}}, r"mesh: .*\(3, 1, 1, 1\) does not multiply to the 8 devices"),
         ({"data": {"source": "x"}}, r"'x'"),
     ],
 )

@@ -107,23 +107,30 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis of the mesh spans; -1 (once) for all that are left.
+    """How many devices each axis of the mesh spans.
+
+    -1 stands for all devices that are left, in one of the first three.
 
     Attributes:
       data: copies of the model, each with its part of the batch.
       fsdp: parts that parameters are split into, each with its part of the batch too.
       tensor: parts that heads, feed-forward and vocabulary are split into.
+      slice: groups of devices joined only by the data centre's network (the slices of a
+        multi-slice TPU, GPU hosts), each with copies of the model and its part of the batch;
+        -1 for as many as there are.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slice: int = 1
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        if sizes[:3].count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ValueError(
-                f"mesh: (data, fsdp, tensor) = {sizes} must be positive, at most one of them -1"
+                f"mesh: (data, fsdp, tensor, slice) = {sizes} must be positive, or -1 for slice "
+                "and at most one of the others"
             )
 
 

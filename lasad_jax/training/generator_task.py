@@ -85,8 +85,7 @@ class GeneratorTask:
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.config.batch_size, self._mesh),
         )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -94,8 +93,7 @@ class GeneratorTask:
         batches = held_out_batches(
             self.data.held_out,
             batch_size=self.config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.config.batch_size, self._mesh),
         )
         params = state.best_params
         sums = [self._eval_step(params, sharding.put_batch(batch, self._mesh)) for batch in batches]

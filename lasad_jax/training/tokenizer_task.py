@@ -95,8 +95,7 @@ class TokenizerTask:
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.config.batch_size, self._mesh),
             num_threads=self._training.num_threads,
         )
 
@@ -105,8 +104,7 @@ class TokenizerTask:
         batches = held_out_batches(
             self._held_out,
             batch_size=self.config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.config.batch_size, self._mesh),
         )
         parts = [
             self._eval_step(state.best_params, sharding.put_batch(batch, self._mesh), self._vgg)
