@@ -62,7 +62,10 @@ def tokens_and_labels(config: Config, split: str = "train"):
 def train_steps(config: Config, mesh, steps: int, see=lambda state: None):
     """The state after some steps, and the loss of each; `see` is shown every state."""
     batches = train_batches(
-        TokenExamples(*tokens_and_labels(config)), batch_size=config.batch_size, seed=config.seed
+        TokenExamples(*tokens_and_labels(config)),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rows=sharding.local_rows(config.batch_size, mesh),
     )
     losses = []
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):

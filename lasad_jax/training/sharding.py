@@ -71,7 +71,9 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 
 def _unit(device: jax.Device) -> int:
     """Which group of devices with a fast network among them a device belongs to."""
-    number = getattr(device, "slice_index", None)
+    # Hosts of GPUs have a number too, whatever the processes on each. CPUs have that of their
+    # host: processes that share one stand for hosts.
+    number = None if device.platform == "cpu" else getattr(device, "slice_index", None)
     return device.process_index if number is None else number
 
 
