@@ -4,7 +4,7 @@ import numpy as np
 from absl import logging
 
 # Of these the newest value is told, of all else the mean.
-_NEWEST = ("learning_rate", "skipped_updates", "skipped_in_a_row", "grad_norm_level")
+_NEWEST = ("learning_rate", "skipped_updates", "grad_norm_level")
 
 StepMetrics = dict[str, np.ndarray]
 
@@ -19,7 +19,7 @@ def summary(steps: list[StepMetrics]) -> dict[str, float]:
     means = {
         name: float(np.mean([values[name] for values in taken]))
         for name in steps[-1]
-        if taken and name not in _NEWEST
+        if taken and name not in (*_NEWEST, "skipped_in_a_row")
     }
     return means | {name: float(steps[-1][name]) for name in _NEWEST}
 
