@@ -5,6 +5,7 @@ LASAD_JAX_KILLS=20 python -m pytest tests/test_recovery.py -k killed -s    print
 
 import os
 import random
+import re
 import signal
 import socket
 import time
@@ -150,6 +151,7 @@ def test_two_processes_told_to_end_save_one_step_that_one_goes_on_from(commands,
             f"--workdir={tmp_path}",
             "--distributed",
             *FLAGS,
+            "--config.watchdog=2",
             joined={
                 "JAX_COORDINATOR_ADDRESS": address,
                 "JAX_NUM_PROCESSES": "2",
@@ -159,6 +161,10 @@ def test_two_processes_told_to_end_save_one_step_that_one_goes_on_from(commands,
         for index in range(2)
     ]
     wait_until(lambda: told(tmp_path) >= 2 or any(run.ended() for run in runs))
+    runs[1].signal(signal.SIGSTOP)
+    behind = re.compile(r"no progress for \d+ s: .*process 1 is at step \d+, \w+, silent for \d")
+    wait_until(lambda: behind.search(runs[0].said()) or any(run.ended() for run in runs))
+    runs[1].signal(signal.SIGCONT)
     runs[1].signal(signal.SIGTERM)  # the other hears of it from this one
     assert [run.wait() for run in runs] == [EXIT_STATUS] * 2, [run.said() for run in runs]
     step = Checkpoints(tmp_path, read_only=True).latest_step()

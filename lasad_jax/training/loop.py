@@ -96,7 +96,7 @@ def train(
                 state = checkpoints.restore(start, task.abstract_state())
             metrics = Metrics(workdir, start) if first else None
             if metrics:
-                stack.callback(metrics.close)
+                stack.enter_context(metrics)
         preemption = preemption or NeverPreempted()
         run = _Run(config, workdir, task, checkpoints, metrics, goodput, preemption, state, start)
         del state  # the run alone holds it: the first step takes its buffers
