@@ -94,7 +94,6 @@ def told(workdir):
 def test_a_run_killed_again_and_again_ends_like_one_that_was_not(commands, whole, tmp_path):
     rng = random.Random(0)
     moments = sorted(rng.sample(range(2, STEPS - 10), KILLS))
-    report = []
     for number, moment in enumerate(moments):
         run = commands.start(f"--workdir={tmp_path}", *FLAGS)
         if number % 4 == 3:  # anywhere in its beginning
@@ -114,10 +113,10 @@ def test_a_run_killed_again_and_again_ends_like_one_that_was_not(commands, whole
         # before; each waits for the one before it.
         asked = (reached - 1) // SAVE_EVERY * SAVE_EVERY
         assert newest >= max(0, asked - SAVE_EVERY)
-        report.append(f"kill {number + 1}: step {reached} reached, {newest} on disk")
+        print(f"kill {number + 1}: step {reached} reached, {newest} on disk", flush=True)
     finish(commands.start(f"--workdir={tmp_path}", *FLAGS))
     assert_same_run(tmp_path, whole)
-    print(*report, f"{KILLS} kills: the same state, bit for bit", sep="\n")
+    print(f"{KILLS} kills: the same state, bit for bit")
 
 
 def test_a_run_told_to_end_saves_wherever_it_is(commands, whole, tmp_path):
