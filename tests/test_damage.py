@@ -57,9 +57,14 @@ def contents(folder):
     }
 
 
-@pytest.mark.parametrize("harm", [cut, lambda path: path.unlink()])
-def test_a_run_goes_on_from_the_newest_good_checkpoint(finished, run, harm, caplog):
-    harm(data_file(run, 4))
+def test_a_missing_file_is_named(run):
+    (gone := data_file(run, 4)).unlink()
+    with pytest.raises(ValueError, match=rf"checkpoints/4: damaged: .*{gone.name} is missing"):
+        restore(run, 4)
+
+
+def test_a_run_goes_on_from_the_newest_good_checkpoint(finished, run, caplog):
+    cut(data_file(run, 4))
     with pytest.raises(ValueError, match=r"checkpoints/4: damaged: .* take another step, of \[2\]"):
         restore(run, 4)
     assert Checkpoints(run, read_only=True).latest_step() == 2

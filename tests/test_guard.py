@@ -170,10 +170,6 @@ def test_a_run_goes_on_after_one_bad_step_and_ends_after_many(tmp_path, monkeypa
     assert int(state.guard.skipped) == 1
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
-    monkeypatch.setattr(generator_task, "make_train_step", make_poisoned([]))
-    loop.train(config, tmp_path)
-    assert read_metrics(tmp_path / "metrics.jsonl")[-1]["skipped_updates"] == 1
-
 
 # Goodput
 

@@ -22,7 +22,7 @@ from lasad_jax.training.metrics import read_metrics
 from lasad_jax.training.preemption import EXIT_STATUS
 from lasad_jax.training.state import abstract_state
 
-KILLS = int(os.environ.get("LASAD_JAX_KILLS", "3"))
+KILLS = int(os.environ.get("LASAD_JAX_KILLS", "2"))
 STEPS = 20 + 4 * KILLS
 SAVE_EVERY = 4
 FLAGS = (
