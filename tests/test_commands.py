@@ -109,8 +109,8 @@ def test_commands_in_the_readme_exist():
     assert len(commands) >= 6
     for module, flags in commands:
         source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
-        for shared in ("sampling", "data"):
-            if f"lasad_jax.{shared}.flags" in source:
+        for shared in ("sampling", "data", "training"):
+            if re.search(rf"lasad_jax\.{shared}(\.| import )flags", source):
                 source += (ROOT / f"lasad_jax/{shared}/flags.py").read_text()
         for flag in re.findall(r"--(\w+)=", flags):
             assert f'"{flag}"' in source, (module, flag)

@@ -14,7 +14,7 @@ from tiny import one_device_mesh, tiny_config, tokens_and_labels, train_steps
 
 from lasad_jax.config import OptimizerConfig, load_config
 from lasad_jax.models import LASADGen
-from lasad_jax.training import generator_task, loop
+from lasad_jax.training import loop
 from lasad_jax.training.checkpoints import Checkpoints
 from lasad_jax.training.metrics import read_metrics
 from lasad_jax.training.state import (
@@ -181,7 +181,11 @@ def test_a_run_leaves_numbers_and_pictures(run):
     rows = read_metrics(workdir / "metrics.jsonl")
     assert len(rows) == len((workdir / "metrics.jsonl").read_text().splitlines())
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert {"loss", "grad_norm", "learning_rate", "images_per_second", "step"} == rows[0].keys()
+    told = {name for name in rows[0] if not name.startswith("goodput/")}
+    assert told == {
+        *("step", "loss", "grad_norm", "learning_rate", "skipped_updates", "grad_norm_level"),
+        *("images_per_second", "tokens_per_second"),
+    }
     assert all(math.isfinite(value) for row in rows for value in row.values())
     (events,) = workdir.glob("events.out.tfevents.*")
     assert b"held_out_nats_per_token" in events.read_bytes()
@@ -200,38 +204,6 @@ def test_a_cut_line_is_passed_over(tmp_path):
 
 
 # What is refused
-
-
-@pytest.mark.parametrize("bad", ["loss", "grad_norm"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_the_first_step_that_is_not_finite_is_named(bad, value):
-    good = {"loss": np.float32(1), "grad_norm": np.float32(1)}
-    loop.check_finite([good, good], 8)
-    with pytest.raises(FloatingPointError, match=rf"step 6: .*{value}.*optimizer.learning_rate"):
-        loop.check_finite([good, good | {bad: np.float32(value)}, good, good], 8)
-
-
-def test_a_run_that_is_not_finite_stops_and_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    config = tiny_config(log_every=8)
-    make = generator_task.make_train_step
-
-    def make_poisoned(config):
-        step = make(config)
-
-        def poisoned(state, batch):
-            new, metrics = step(state, batch)
-            return new, metrics | {"loss": jnp.where(state.step == 5, jnp.nan, metrics["loss"])}
-
-        return poisoned
-
-    with monkeypatch.context() as patch:
-        patch.setattr(generator_task, "make_train_step", make_poisoned)
-        with pytest.raises(FloatingPointError, match=r"step 6: loss nan"):
-            loop.train(config, tmp_path)
-    assert Checkpoints(tmp_path, read_only=True).steps() == [4]
-    assert int(restore(config, tmp_path, 4).step) == 4
-    loop.train(config, tmp_path)
-    assert int(restore(config, tmp_path, 8).step) == 8
 
 
 @pytest.mark.parametrize(
