@@ -18,7 +18,7 @@ import jax
 from absl import flags
 from ml_collections import config_flags
 
-from lasad_jax.benchmarks.tables import head, row_line
+from lasad_jax.benchmarks.tables import head, one_line, row_line
 from lasad_jax.command import run
 from lasad_jax.config import build_config
 from lasad_jax.planning.planner import make_plan
@@ -57,7 +57,11 @@ def table() -> None:
         if machine not in MACHINES:
             raise ValueError(f"table: topology {machine!r} is not one of {[*MACHINES]}")
         for size, config in table_runs(machine, topology.num_devices):
-            row = {"size": size} | _plan(config, topology).row()
+            row = {"size": size, "topology": machine}
+            try:
+                row |= _plan(config, topology).row()
+            except ValueError as error:
+                row["skipped"] = one_line(error)
             print(json.dumps(row) if _JSON.value else row_line(row, TABLE), flush=True)
 
 

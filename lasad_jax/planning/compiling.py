@@ -137,13 +137,13 @@ def _compile(config: Config, mesh: Mesh) -> jax.stages.Compiled:
             return lowered.compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" in str(error):
-                raise OutOfMemoryError(_needed(str(error))) from error
+                raise OutOfMemoryError(needed_memory(str(error))) from error
             first = str(error).strip().splitlines()[0][:300]
             raise ValueError(f"config: its training step does not compile: {first}") from error
 
 
-def _needed(message: str) -> float | None:
-    """Bytes that a program would have taken, of TPU's refusal."""
+def needed_memory(message: str) -> float | None:
+    """Bytes that a program would have taken, of the message of TPU's compiler; None of another."""
     for words in (r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", r"\(([\d.]+)([KMGT]?)\) exceeds"):
         if match := re.search(words, message):
             return float(match.group(1)) * _UNITS[match.group(2)]

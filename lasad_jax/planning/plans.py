@@ -8,7 +8,7 @@ from lasad_jax.planning.compiling import OutOfMemoryError, Step
 
 BOUNDS = ("compute", "memory bandwidth", "interconnect")
 # Memory counts as full from this share on, and batches as neighbours up to this difference.
-_FULL, _CLOSE = 0.92, 0.1
+_FULL, _CLOSE = 0.9, 0.1
 
 
 def least_seconds(step: Step, chip: Chip) -> dict[str, float]:
@@ -55,7 +55,7 @@ def find_largest(
 
     Memory grows almost in a line with the batch: where two measured steps say that it meets the
     limit comes next; between a batch that fits and one that does not, at worst the middle. The
-    search ends when memory is full to 92 % or the two differ by a tenth.
+    search ends when memory is full to 90 % or the two differ by a tenth.
 
     Args:
       measure: from images per device to a step; may raise `OutOfMemoryError`.

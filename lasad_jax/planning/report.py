@@ -93,13 +93,15 @@ def _largest(row: dict) -> list[str]:
     ]
 
 
-def _mesh(row: dict) -> str:
+def _mesh(row: dict) -> str | None:
+    if "mesh" not in row:
+        return None
     return " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1)
 
 
 def _at(name: str, show) -> Column:
     """A column of the planned step."""
-    return Column(name, lambda row: show(row["step"]) if row["step"] else None, 8)
+    return Column(name, lambda row: show(row["step"]) if row.get("step") else None, 8)
 
 
 def _most(row: dict) -> str | None:
