@@ -132,9 +132,9 @@ def test_the_largest_batch_is_found(fixed, per_image, curved, first, refuses, kn
         assert make(found.too_many).memory.total > limit
 
 
-def test_a_line_takes_two_steps():
+def test_a_line_takes_three_steps():
     found = find_largest(step_of, V5E, 4)
-    assert found.tries == 2
+    assert found.tries == 3
     # (16.91 - 1) GB at 0.1 GB an image.
     assert found.step.batch == round_batch(159) == 144
 
@@ -171,8 +171,9 @@ def test_a_compiled_step_and_arithmetic_agree(on_eight):
     assert 1 <= compiled.memory.temporaries / estimated.memory.temporaries < 4
     # The operator's plain form has products that its formula leaves out.
     assert 1 <= compiled.flops / estimated.flops < 2.5
+    # Parameters twice; XLA gathers some activations, too.
     gathered = lambda step: sum(x.sent for x in step.collectives if x.kind == "all-gather")
-    assert gathered(compiled) == pytest.approx(gathered(estimated), rel=0.5)
+    assert 1 <= gathered(compiled) / gathered(estimated) < 2
 
 
 def test_a_loop_of_layers_gathers_once_a_layer_and_pass(on_eight):

@@ -41,7 +41,7 @@ def estimate_step(config: Config, topology: Topology) -> Step:
     state = abstract_state(config, mesh)
     at_once = images // config.optimizer.accumulate
     logits = min(at_once * model.num_tokens * model.vocab_size, _LOGITS)
-    kept = at_once * _kept_per_image(model, topology)
+    kept = at_once * _kept_per_image(model, topology.chip.kind, topology.chip.platform)
     tokens = config.batch_size * model.num_tokens
     flops = product_flops(model, tokens) + attention_flops(model, tokens)
     return Step(
@@ -82,10 +82,9 @@ def _bytes_per_device(tree: PyTree) -> int:
 
 
 @functools.cache
-def _kept_per_image(config: ModelConfig, topology: Topology) -> int:
+def _kept_per_image(config: ModelConfig, kind: str, platform: str) -> int:
     """Bytes that the forward pass of one image more keeps for the backward pass."""
-    chip = topology.chip
-    device = AbstractDevice(device_kind=chip.kind, platform=chip.platform, num_cores=1)
+    device = AbstractDevice(device_kind=kind, platform=platform, num_cores=1)
     model = LASADGen(config, train=True)
     params = unbox(abstract_parameters(config))
 

@@ -104,7 +104,8 @@ def _next_batch(
         guess = high * limit / needs[high]
     guess = round_batch(guess)
     if high is None:
-        return min(max(guess, round_batch(1.25 * low), low + 1), 32 * low)
+        more = guess if guess > low else max(round_batch(1.25 * low), low + 1)
+        return min(more, 32 * low)
     return guess if low < guess < high else max(low + 1, (low + high) // 2)
 
 
