@@ -110,7 +110,7 @@ def _next_batch(
 
 
 def round_batch(batch: float) -> int:
-    """Down to three binary digits: 8, 10, 12, 14, 16, 20, ..."""
+    """Down to four binary digits: 16, 18, 20, ..., 32, 36, 40, ..."""
     batch = max(1, int(batch))
-    unit = 1 << max(0, batch.bit_length() - 3)
+    unit = 1 << max(0, batch.bit_length() - 4)
     return batch // unit * unit
