@@ -134,6 +134,8 @@ def test_collectives_of_a_known_program():
         ("[2,4]<=[8]", 4),
         ("[4,2]<=[2,4]T(1,0)", 2),
         ("mesh['data'=2,'fsdp'=4,'tensor'=3] {'data','tensor'}", 6),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", 4),
+        ("mesh['a'=8,'b'=3] {'a':(2)4,'b'}", 12),
     ],
 )
 def test_groups_are_read_however_they_are_written(groups, size):

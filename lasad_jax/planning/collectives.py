@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 
 from lasad_jax.planning.hlo import Program, Run
@@ -75,10 +76,9 @@ def _group_size(text: str) -> int:
         return match.group(1).count(",") + 1
     if match := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
         return int(match.group(1))
-    if match := re.search(r"replica_groups=\w*mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'([^']+)'=(\d+)", match.group(1)))
-        count = 1
-        for name in re.findall(r"'([^']+)'", match.group(2)):
-            count *= int(sizes[name])
-        return count
+    # mesh['a'=4,'b'=2], device_ids=(...) {'a','b':(1)2}: some axes, or parts of an axis.
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? ?\{(.*?)\}", text):
+        sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", match.group(1))}
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", match.group(2))
+        return math.prod(int(part) if part else sizes[name] for name, part in axes)
     raise ValueError(f"hlo: no replica groups in {text[:200]!r}")
