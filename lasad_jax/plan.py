@@ -22,7 +22,7 @@ from lasad_jax.benchmarks.tables import head, one_line, row_line
 from lasad_jax.command import run
 from lasad_jax.config import build_config
 from lasad_jax.planning.planner import make_plan
-from lasad_jax.planning.report import TABLE, describe
+from lasad_jax.planning.report import LARGEST, TABLE, describe
 from lasad_jax.planning.sizes import MACHINES, table_runs
 from lasad_jax.planning.topologies import find_topology
 
@@ -50,8 +50,9 @@ def plan() -> None:
 def table() -> None:
     """Plans many runs, a row each as it comes; one that fails says why, and the others go on."""
     machines = [_TOPOLOGY.value] if _TOPOLOGY.value else [*MACHINES]
+    columns = [c for c in TABLE if _SEARCH.value or c is not LARGEST]
     if not _JSON.value:
-        print(head(TABLE))
+        print(head(columns))
     for machine in machines:
         topology = find_topology(machine)
         if machine not in MACHINES:
@@ -62,7 +63,7 @@ def table() -> None:
                 row |= _plan(config, topology).row()
             except ValueError as error:
                 row["skipped"] = one_line(error)
-            print(json.dumps(row) if _JSON.value else row_line(row, TABLE), flush=True)
+            print(json.dumps(row) if _JSON.value else row_line(row, columns), flush=True)
 
 
 def _plan(config, topology):

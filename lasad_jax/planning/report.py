@@ -109,6 +109,7 @@ def _most(row: dict) -> str | None:
     return step and f"{step['batch']} ({_GB(step['bytes'])} GB, {step['bottleneck']})"
 
 
+LARGEST = Column("largest batch", _most, 30)
 TABLE = (
     column("model", "size", width=5),
     column("machine", "topology", width=10),
@@ -117,6 +118,6 @@ TABLE = (
     _at("GB", lambda step: _GB(step["bytes"])),
     _at("bound by", lambda step: step["bottleneck"]),
     _at("ms", lambda step: _MS(max(step["least_seconds"].values()))),
-    Column("largest batch", _most, 30),
+    LARGEST,
     _at("how", lambda step: "compiled" if step["compiled"] else "arithmetic"),
 )
