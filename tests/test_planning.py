@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import ROOT, environment, tiny_config
 
 from lasad_jax.models import count_parameters
-from lasad_jax.planning import topologies
+from lasad_jax.planning import planner, topologies
 from lasad_jax.planning.arithmetic import estimate_step
 from lasad_jax.planning.chips import H100, V5E, usable_memory
 from lasad_jax.planning.collectives import collective
@@ -237,6 +237,37 @@ def test_a_step_that_does_not_fit_is_said_so(on_eight, monkeypatch):
     text = describe(json.loads(json.dumps(plan.row())))
     assert "does not fit" in text
     assert "no batch that was tried fits" in text
+
+
+def test_what_a_compiler_refuses_is_searched_below(on_eight, monkeypatch):
+    """TPU's compiler returns no program that does not fit, and says what it would have taken."""
+    config, *_ = on_eight
+    per_image, refused = usable_memory(V5E) / 10, []
+
+    def compile_fake(config, devices):
+        batch = config.batch_size // 8
+        if batch > 9:
+            refused.append(batch)
+            raise OutOfMemoryError(1e9 + batch * per_image)
+        return step_of(batch, per_image=per_image)
+
+    monkeypatch.setattr(planner, "compile_step", compile_fake)
+    monkeypatch.setattr(Topology, "devices", lambda self: [])
+    large = dataclasses.replace(config, batch_size=8 * 24)
+    plan = make_plan(large, find_topology("v5e-8"), compiled=True)
+    assert refused[0] == 24
+    assert plan.largest.step.batch == 9
+    assert (plan.step, plan.fits, plan.batch) == (None, False, 24)
+    text = describe(json.loads(json.dumps(plan.row())))
+    assert "does not fit: 41.6 GB needed, 16.9 GB usable" in text
+    assert "largest batch that fits: 9 images per device" in text
+
+
+def test_memory_that_tpus_compiler_says_is_needed():
+    said = "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
+    assert needed_memory(said + "Used 20.50G of 15.75G hbm. Exceeded by 4.75G.") == 20.5 * 2**30
+    assert needed_memory("required for HLO temporaries (768.01M) exceeds") == 768.01 * 2**20
+    assert needed_memory("something else") is None
 
 
 def test_the_readmes_runs_divide():
