@@ -72,7 +72,7 @@ def test_every_known_name_is_found_and_multiplies():
 
 
 def step_of(batch, *, fixed=1e9, per_image=1e8, **changes):
-    made = {"flops": 0.0, "traffic": None, "collectives": (), "compiled": False} | changes
+    made = {"flops": 1e12, "traffic": None, "collectives": (), "compiled": False} | changes
     return Step(batch, Memory(fixed, 0.0, per_image * batch, 0.0), **made)
 
 
