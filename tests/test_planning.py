@@ -83,7 +83,10 @@ def test_the_bound_that_takes_longest_is_the_bottleneck():
         {"compute": 0.5, "memory bandwidth": 0.25, "interconnect": 1.0}
     )
     assert bottleneck(step, V5E) == "interconnect"
-    assert bottleneck(dataclasses.replace(step, collectives=()), V5E) == "compute"
+    alone = dataclasses.replace(step, collectives=())
+    assert bottleneck(alone, V5E) == "compute"
+    unknown = dataclasses.replace(alone, traffic=None)
+    assert bottleneck(unknown, V5E) == "compute or memory bandwidth"
 
 
 def test_memory_that_jax_gives_to_programs(monkeypatch):

@@ -19,9 +19,12 @@ def least_seconds(step: Step, chip: Chip) -> dict[str, float]:
 
 
 def bottleneck(step: Step, chip: Chip) -> str:
-    """The one of `BOUNDS` that takes longest."""
+    """The one of `BOUNDS` that takes longest; where traffic to memory is not known, perhaps two."""
     times = least_seconds(step, chip)
-    return max(times, key=times.get)
+    longest = max(times, key=times.get)
+    if step.traffic is None and longest == "compute":
+        return "compute or memory bandwidth"
+    return longest
 
 
 def fits(step: Step, chip: Chip) -> bool:
