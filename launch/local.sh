@@ -63,7 +63,7 @@ result=0
 while ((${#running[@]} > 0)); do
     ended='' status=0
     wait -n -p ended "${running[@]}" || status=$?
-    [[ $ended ]] || continue # A signal came.
+    [[ ${ended:-} ]] || continue # A signal came.
     left=()
     for pid in "${running[@]}"; do
         [[ $pid == "$ended" ]] || left+=("$pid")

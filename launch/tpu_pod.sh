@@ -23,7 +23,7 @@
 #   --spot            cheaper, and may be taken away at any time
 #   --slices=N        1: pods of this type, joined over the data-centre network
 #   --shared=SERVER:/PATH   an NFS share that setup mounts on every worker as runs/,
-                    so that --workdir=runs/NAME is seen by all
+#                     so that --workdir=runs/NAME is seen by all
 #   --every=SECONDS   60: how often to look
 #
 # The command runs in the background of the workers, in ~/lasad_jax: losing this script or its
@@ -141,7 +141,7 @@ bash -euc 'source launch/environment.sh requirements.txt launch/requirements-tpu
 
 # What the first worker says of the command; when it has ended there, it has everywhere.
 look() {
-    on "$(nodes | head -n 1)" 0 'bash lasad_jax/launch/worker.sh status'
+    on "$(nodes | head -n 1)" 0 'cd lasad_jax 2>/dev/null && bash launch/worker.sh status || true'
 }
 
 # Starts the command, or finds it running, and waits for its end. 0: it is done. 1: it failed.
@@ -161,6 +161,12 @@ run() {
         now=$(look) || now=unreachable
         case $now in
         'ended '*)
+            # The others end by now; after a failure, whatever they are at.
+            if [[ $now == 'ended 0' ]]; then
+                on_workers 'bash lasad_jax/launch/worker.sh wait 60' || true
+            else
+                stop || true
+            fi
             logs
             echo "$pod: $now; logs/$pod/ has the logs"
             [[ $now == 'ended 0' ]]
@@ -217,7 +223,7 @@ up() {
         return
     fi
     state >/dev/null # What is wrong with gcloud shows at once.
-    local now before='' ended
+    local now before=unseen ended
     while true; do
         now=$(state) || now=unknown
         [[ $now == "$before" ]] || echo "$(date +%T) $pod: ${now:-none}"
@@ -236,6 +242,7 @@ up() {
             # Whatever it was, if the pod is gone, that is why.
             now=$(state) || now=ACTIVE
             [[ $now != ACTIVE || $ended == 2 ]] || return "$ended"
+            sleep "$every"
             ;;
         *) sleep "$every" ;;
         esac

@@ -4,7 +4,8 @@
 #   bash launch/worker.sh start COMMAND...   begins; where it is running already, does nothing
 #   bash launch/worker.sh status             running, ended STATUS, or nothing
 #   bash launch/worker.sh log                everything the command has said
-#   bash launch/worker.sh stop               SIGTERM; returns when the command has ended
+#   bash launch/worker.sh wait SECONDS       until the command has ended, at most so long
+#   bash launch/worker.sh stop               SIGTERM, after five minutes SIGKILL; waits for the end
 #
 # A command that ends with 75 (saved after SIGTERM; run the same command again) is run again at
 # once. After any other failure it is run again up to RETRIES times in a row (3): when one
@@ -46,6 +47,11 @@ keep_running() {
     echo "$status" >"$here/ended"
 }
 
+wait_for_end() {
+    local since=$SECONDS
+    while running && ((SECONDS - since < $1)); do sleep 0.1; done
+}
+
 mkdir -p "$here"
 touch "$here/lock"
 case ${1:-} in
@@ -57,7 +63,7 @@ start)
     fi
     rm -f "$here/ended"
     echo "$(date --utc +%FT%TZ) ${*:2}" >>"$here/log"
-    setsid nohup bash "$0" keep_running "${@:2}" >>"$here/log" 2>&1 </dev/null &
+    setsid nohup bash launch/worker.sh keep_running "${@:2}" >>"$here/log" 2>&1 </dev/null &
     echo $! >"$here/pid"
     ;;
 keep_running) keep_running "${@:2}" ;;
@@ -69,10 +75,12 @@ status)
     fi
     ;;
 log) cat "$here/log" ;;
+wait) wait_for_end "$2" ;;
 stop)
     if running; then
         kill -TERM "$(cat "$here/pid")" || true
-        while running; do sleep 1; done
+        wait_for_end 300
+        ! running || kill -KILL -- "-$(cat "$here/pid")"
     fi
     ;;
 *) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" ;;
