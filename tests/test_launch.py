@@ -4,7 +4,6 @@ import contextlib
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,125 +12,15 @@ from pathlib import Path
 
 import pytest
 import yaml
+from launching import FalseTree
 from tiny import ROOT
 
 SCRIPTS = [*(ROOT / "launch").glob("*.sh"), ROOT / "launch/slurm.sbatch", ROOT / ".ci/run"]
 
-# Stands for every program below. A pod has two workers for each node; they are folders, in which
-# its commands really run.
-FAKE = r"""#!/usr/bin/env bash
-name=${0##*/}
-(IFS=$'\x1f' && printf '%s\x1e' "$name"$'\x1f'"$*") >>"$FAKES/calls"
-for flag in "$@"; do
-    case $flag in
-    --worker=*) worker=${flag#*=} ;;
-    --command=*) command=${flag#*=} ;;
-    --node-count=*) count=${flag#*=} ;;
-    esac
-done
-on_workers() {
-    local folder
-    for folder in "$FAKES/workers/$1-"*; do
-        [[ $worker == all || $folder == *-"$worker" ]] || continue
-        (cd "$folder" && HOME=$folder bash -c "$2") &
-    done
-    wait
-}
-case "$name $*" in
-"gcloud compute tpus queued-resources list"*)
-    [[ ! -e $FAKES/offline ]] || { echo "no network" >&2; exit 1; }
-    [[ ! -s $FAKES/state ]] || echo "pod $(head -n 1 "$FAKES/state")"
-    [[ $(wc -l <"$FAKES/state") -lt 2 ]] || sed -i 1d "$FAKES/state"
-    ;;
-"gcloud compute tpus queued-resources create"*)
-    printf 'WAITING_FOR_RESOURCES\nPROVISIONING\nACTIVE\n' >"$FAKES/state"
-    nodes=pod
-    [[ -z $count ]] || nodes=$(seq -f pod-%g 0 $((count - 1)))
-    for node in $nodes; do mkdir -p "$FAKES/workers/$node-0" "$FAKES/workers/$node-1"; done
-    ;;
-"gcloud compute tpus queued-resources delete"*)
-    for pid in "$FAKES"/workers/*/lasad_jax/.worker/pid; do kill -KILL -- "-$(cat "$pid")"; done
-    rm -r "$FAKES/workers" && : >"$FAKES/state"
-    ;;
-"gcloud compute tpus tpu-vm describe"*) echo 2 ;;
-"gcloud compute tpus tpu-vm ssh"*) on_workers "$5" "$command" ;;
-"gcloud compute tpus tpu-vm scp"*) on_workers "${6%%:*}" "cp $5 ${6#*:}" ;;
-"python3 -m venv .venv")
-    mkdir -p .venv/bin && ln -s "$0" .venv/bin/python && : >.venv/bin/activate
-    ;;
-"mountpoint"*) [[ ! -e $FAKES/unmounted ]] ;;
-"kubectl apply"*) cat >"$FAKES/applied" ;;
-"kubectl get pods"*--output=name) printf 'pod/run-slice-0-0\npod/run-slice-0-1\n' ;;
-"kubectl logs"*) echo "log of $2" ;;
-"squeue"*) cat "$FAKES/job" ;;
-"srun"*) exit "$(cat "$FAKES/srun")" ;;
-esac
-"""
-PROGRAMS = "gcloud xpk kubectl docker sbatch srun squeue scontrol python3 uv sudo mountpoint"
-
-
-class Tree:
-    """A copy of launch/ with an environment that is there already, beside false programs."""
-
-    def __init__(self, folder: Path):
-        self.root, self.fakes = folder / "tree", folder / "fakes"
-        shutil.copytree(ROOT / "launch", self.root / "launch")
-        for name in ("requirements.txt", ".gitignore"):
-            shutil.copy(ROOT / name, self.root)
-        environment = self.root / ".venv"
-        (environment / "bin").mkdir(parents=True)
-        (environment / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-        (environment / "bin/python").chmod(0o755)
-        (environment / "bin/activate").write_text(f'PATH="{environment}/bin:$PATH"\n')
-        for name in ("requirements.txt", "launch/requirements-cuda13.txt"):
-            stamp = environment / f"installed-{name.replace('/', '-')}"
-            shutil.copy(ROOT / name, stamp)
-        bin = self.fakes / "bin"
-        bin.mkdir(parents=True)
-        for name in PROGRAMS.split():
-            (bin / name).write_text(FAKE)
-            (bin / name).chmod(0o755)
-        (self.fakes / "state").touch()
-        self.environment = os.environ | {
-            "PATH": f"{bin}:{os.environ['PATH']}",
-            "FAKES": str(self.fakes),
-            "TMPDIR": str(folder),
-            "PAUSE": "0",
-        }
-
-    def start(self, script: str, *arguments, **environment) -> subprocess.Popen:
-        return subprocess.Popen(
-            ["bash", str(self.root / "launch" / script), *map(str, arguments)],
-            env=self.environment | environment,
-            cwd="/",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def __call__(self, script: str, *arguments, status: int = 0, **environment) -> str:
-        """What a launcher says, which must end with `status`."""
-        process = self.start(script, *arguments, **environment)
-        try:
-            said, _ = process.communicate(timeout=20)
-        finally:
-            process.kill()
-        assert process.returncode == status, said
-        return said
-
-    def calls(self) -> list[list[str]]:
-        """Those since the last time, as words."""
-        file = self.fakes / "calls"
-        if not file.exists():
-            return []
-        calls = file.read_text().split("\x1e")[:-1]
-        file.unlink()
-        return [call.split("\x1f") for call in calls]
-
 
 @pytest.fixture
 def tree(tmp_path):
-    yield Tree(tmp_path)
+    yield FalseTree(tmp_path)
     for pid in tmp_path.rglob(".worker/pid"):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(int(pid.read_text()), signal.SIGKILL)
