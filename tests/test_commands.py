@@ -1,5 +1,7 @@
 """The commands as a user types them, from training to a classifier's verdict; the README."""
 
+import functools
+import operator
 import re
 import subprocess
 import sys
@@ -9,11 +11,12 @@ import pytest
 from PIL import Image
 from tiny import ROOT, environment
 
-from lasad_jax.config import DataConfig, build_config
+from lasad_jax.config import DataConfig, build_config, default_config
 from lasad_jax.data.images import load_images
 from lasad_jax.evaluation.fit_classifier import fit_classifier, save_classifier
 
 README = (ROOT / "README.md").read_text()
+PODS = (ROOT / "docs/pods.md").read_text()
 TRAIN = (
     "lasad_jax.train --config=configs/digits.py --config.steps=4 --config.sample_every=4 "
     "--config.save_every=2 --config.eval_every=4 --config.num_samples=10 "
@@ -101,12 +104,13 @@ def test_python_in_the_readme_runs():
     assert scope["o_next"].shape == (2, 4, 64)
 
 
-def test_commands_in_the_readme_exist():
+@pytest.mark.parametrize(("page", "number"), [(README, 20), (PODS, 4)], ids=["README", "pods"])
+def test_commands_in_the_pages_exist(page, number):
     """Modules, flags, config files and fields."""
-    shell = " ".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
+    shell = " ".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL))
     shell = re.sub(r"\\\n", " ", re.sub(r"#.*", "", shell))
     commands = re.findall(r"python -m (lasad_jax\.\w+)(.*)", shell)
-    assert len(commands) >= 6
+    assert len(commands) >= number
     for module, flags in commands:
         source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
         for shared in ("sampling", "data"):
@@ -114,7 +118,10 @@ def test_commands_in_the_readme_exist():
                 source += (ROOT / f"lasad_jax/{shared}/flags.py").read_text()
         for flag in re.findall(r"--(\w+)=", flags):
             assert f'"{flag}"' in source, (module, flag)
-    for path in re.findall(r"(?:configs|launch|docs)/[\w.]+", README):
+        if module == "lasad_jax.train":
+            for field in re.findall(r"--config\.([\w.]+)=", flags):
+                functools.reduce(operator.getitem, field.split("."), default_config())
+    for path in re.findall(r"(?<![\w/])(?:configs|launch|docs)/[\w.-]*\w", page):
         assert (ROOT / path).exists(), path
 
 

@@ -463,3 +463,15 @@ def test_dry_runs_call_nothing(tree):
         assert "kubectl " in tree("gke.sh", action, "run", DRY_RUN="1")
     assert tree.calls() == []
     assert not (tree.root / "logs").exists()
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/pods.md"])
+def test_launches_in_the_pages_are_taken(tree, page):
+    text = (ROOT / page).read_text()
+    shell = " \n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
+    shell = re.sub(r"\\\n", " ", shell)
+    launches = re.findall(r"bash launch/((?:local|tpu_pod|gke|slurm)\.sh .*)", shell)
+    assert len(launches) >= 2
+    for launch in launches:
+        assert tree(*shlex.split(launch, comments=True), DRY_RUN="1"), launch
+    assert tree.calls() == []

@@ -22,17 +22,17 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue")
 MISSING = [
     name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
 ]
-STEPS = 240
-FLAGS = (f"--config.steps={STEPS}", "--config.save_every=20")
+STEPS = 60
+FLAGS = (f"--config.steps={STEPS}", "--config.save_every=20", "--config.log_every=10")
 
-# The trainer, at a tenth of a second for each step: Slurm looks at time limits every half minute.
+# The trainer, at a second for each step: Slurm looks at time limits every half minute.
 SLOW = """
 import runpy, time
 from lasad_jax.training.generator_task import GeneratorTask
 
 def slowly(task, start, batches=GeneratorTask.train_batches):
     for batch in batches(task, start):
-        time.sleep(0.1)
+        time.sleep(1)
         yield batch
 
 GeneratorTask.train_batches = slowly
@@ -124,11 +124,12 @@ def test_a_job_at_its_time_limit_is_queued_again_and_goes_on(slurm, tmp_path):
     whole, warned = tmp_path / "whole", tmp_path / "warned"
     run(command(f"--workdir={whole}", *FLAGS))
 
-    flags = ("--time=1", "--signal=TERM@15", "--ntasks=1")
+    # Two minutes, of which the warning comes after a half to a whole one.
+    flags = ("--time=2", "--signal=TERM@60", "--ntasks=1")
     trainer = ("python", "-c", SLOW, "--config=tests/tiny.py", f"--workdir={warned}", *FLAGS)
-    said = tree("slurm.sh", *flags, "--", *trainer, "--distributed")
+    said = tree("slurm.sh", *flags, "--", *trainer)
     job = re.search(r"Submitted batch job (\d+)", said)[1]
-    states, deadline = [], time.monotonic() + 240
+    states, deadline = [], time.monotonic() + 400
     try:
         while not states or states[-1] not in ("COMPLETED", "FAILED", "TIMEOUT", "CANCELLED"):
             shown = ask(slurm, "scontrol", "--oneliner", "show", "job", job)
