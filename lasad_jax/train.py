@@ -2,20 +2,13 @@
 
 Any field can be set on the command line: --config.optimizer.learning_rate=3e-4. Running
 the same command again goes on where the run stopped.
+
+On SIGTERM, at any moment, the run saves and exits with status 75 (EX_TEMPFAIL): the same command
+goes on exactly where it was. Any other error is status 1.
 """
 
-from pathlib import Path
-
-from absl import flags
-from ml_collections import config_flags
-
-from lasad_jax.command import run
-from lasad_jax.config import build_config
-from lasad_jax.training.loop import train
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
+from lasad_jax.config import Config
+from lasad_jax.training.flags import run_training
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    run(lambda: train(build_config(_CONFIG.value), Path(_WORKDIR.value)))
+    run_training(Config)

@@ -82,6 +82,10 @@ class OptimizerConfig:
       clip_norm: largest global gradient norm.
       accumulate: micro-batches per step; the batch is split, its mean gradient is the same.
       ema_decay: decay of the parameter average, reached gradually; 0 keeps no average.
+      spike_factor: leave out an update whose gradient norm is above so many times its running
+        level, once that is over 100 steps; 0 for never. One that is not finite is always
+        left out.
+      max_skips: updates left out in a row after which the run ends with an error.
     """
 
     learning_rate: float = 1e-4
@@ -93,11 +97,15 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     accumulate: int = 1
     ema_decay: float = 0.9999
+    spike_factor: float = 10.0
+    max_skips: int = 20
 
     def __post_init__(self):
         one_of("optimizer", self, "schedule", SCHEDULES)
         at_least("optimizer", self, 0, "learning_rate", "warmup_steps", "weight_decay")
-        at_least("optimizer", self, 1, "accumulate")
+        at_least("optimizer", self, 1, "accumulate", "max_skips")
+        if self.spike_factor != 0:
+            at_least("optimizer", self, 1, "spike_factor")
         if not self.clip_norm > 0:
             raise ValueError(f"optimizer.clip_norm: {self.clip_norm} must be positive")
         for name in ("b1", "b2", "ema_decay"):

@@ -15,6 +15,7 @@ from lasad_jax.config import Config
 from lasad_jax.data.loader import held_out_batches, train_batches
 from lasad_jax.data.tokens import Codec, TokenData, check_run_tokens, load_tokens, store_run_tokens
 from lasad_jax.evaluation.in_training import TrainingMetrics
+from lasad_jax.models import counts
 from lasad_jax.sampling.decode import balanced_labels, sample_tokens
 from lasad_jax.sampling.pictures import image_grid
 from lasad_jax.training import sharding
@@ -39,6 +40,14 @@ class GeneratorTask:
         check_model(config, self.data)
         self._train_step = jax.jit(make_train_step(config), donate_argnums=0)
         self._eval_step = jax.jit(make_eval_step(config.model))
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.config.model.num_tokens
+
+    @functools.cached_property
+    def flops_per_image(self) -> int:
+        return counts.step_flops(self.config.model, self.config.model.num_tokens)
 
     @functools.cached_property
     def _codec(self) -> Codec:
@@ -73,6 +82,10 @@ class GeneratorTask:
         if jax.process_index() == 0:
             print(source.report())
         return init_state(self.config, self._mesh, source.load(self._mesh))
+
+    def compile(self, state: TrainState, batch: PyTree) -> None:
+        """Compiles `train_step`, whose own call then finds it done."""
+        self._train_step.lower(state, batch).compile()
 
     def train_step(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Takes one optimizer step; the old state is donated."""

@@ -40,6 +40,8 @@ class TokenizerTask:
     curves = {"reconstruction": "training", "held_out_reconstruction": "held out"}  # noqa: RUF012
     unit = "reconstruction loss"
     measure_every = 0  # `evaluate` measures all that there is
+    tokens_per_image = 0
+    flops_per_image = None
 
     def __init__(self, config: TokenizerRunConfig, mesh: Mesh):
         self.config, self._mesh = config, mesh
@@ -83,6 +85,10 @@ class TokenizerTask:
     def init_state(self) -> TokenizerState:
         """The state before the first step."""
         return create(lambda: new_state(self.config), self._mesh)
+
+    def compile(self, state: TokenizerState, batch: PyTree) -> None:
+        """Compiles `train_step`, whose own call then finds it done."""
+        self._train_step.lower(state, batch, self._vgg).compile()
 
     def train_step(self, state: TokenizerState, batch: PyTree) -> tuple[TokenizerState, Metrics]:
         """Takes one step of tokenizer and discriminator; the old state is donated."""
