@@ -47,7 +47,8 @@ case "$name $*" in
 "gcloud compute tpus tpu-vm describe"*) echo 2 ;;
 "gcloud compute tpus tpu-vm ssh"*) on_workers "$5" "$command" ;;
 "gcloud compute tpus tpu-vm scp"*) on_workers "${6%%:*}" "cp $5 ${6#*:}" ;;
-"python3 -m venv .venv")
+"python3"*" -c "*) [[ ! -e $FAKES/old ]] ;;
+"python3 -m venv .venv" | "uv venv"*)
     mkdir -p .venv/bin && ln -s "$0" .venv/bin/python && : >.venv/bin/activate
     ;;
 "mountpoint"*) [[ ! -e $FAKES/unmounted ]] ;;
@@ -58,7 +59,10 @@ case "$name $*" in
 "srun"*) exit "$(cat "$FAKES/srun")" ;;
 esac
 """
-PROGRAMS = "gcloud xpk kubectl docker sbatch srun squeue scontrol python3 uv sudo mountpoint"
+PROGRAMS = (
+    "gcloud xpk kubectl docker sbatch srun squeue scontrol sudo mountpoint "
+    "python3 python3.11 python3.12 python3.13 uv"
+)
 
 
 class Tree:
@@ -96,7 +100,7 @@ class Tree:
         """What a launcher says, which must end with `status`."""
         process = self.start(script, *arguments, **environment)
         try:
-            said, _ = process.communicate(timeout=30)
+            said, _ = process.communicate(timeout=120)
         finally:
             process.kill()
         assert process.returncode == status, said

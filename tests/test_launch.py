@@ -4,6 +4,7 @@ import contextlib
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -67,6 +68,17 @@ def test_help_and_mistakes(tree):
         assert message in said, (call, said)
         assert said.count("\n") == 1
     assert tree.calls() == []
+
+
+def test_where_python_is_too_old_uv_makes_the_environment(tree):
+    shutil.rmtree(tree.root / ".venv")
+    (tree.fakes / "old").touch()
+    tree("local.sh", "--processes=1", "--", "true")
+    asked = [call for call in tree.calls() if "-c" not in call]
+    assert asked == words(
+        "uv venv --quiet --seed --python 3.12 .venv",
+        "python -m pip install --quiet --requirement requirements.txt",
+    )
 
 
 # The TPU pod
