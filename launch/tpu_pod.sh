@@ -129,12 +129,14 @@ setup() {
         call gcloud compute tpus tpu-vm scp "$archive" "$node:lasad_jax.tar.gz" \
             "${place[@]}" --worker=all || return
     done
-    # Where the image's Python is before 3.11, uv gets a newer one.
     prepare='mkdir -p lasad_jax/runs && tar -xzf lasad_jax.tar.gz -C lasad_jax && cd lasad_jax'
     [[ $shared ]] && prepare+=" && { mountpoint -q runs || {
     sudo apt-get -qq update && sudo apt-get -qq install nfs-common &&
     sudo mount -t nfs $(quoted "$shared") runs; }; } && { [ -w runs ] || sudo chmod a+rwx runs; }"
-    prepare+=" && export PATH=~/.local/bin:\$PATH && python3 -m pip install --quiet --user uv &&
+    # Where the image's Python is before 3.11, uv gets a newer one.
+    prepare+=" && export PATH=~/.local/bin:\$PATH &&
+{ python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    python3 -m pip install --quiet --user uv; } &&
 bash -euc 'source launch/environment.sh requirements.txt launch/requirements-tpu.txt'"
     on_workers "$prepare"
 }

@@ -57,7 +57,8 @@ touch "$here/lock"
 case ${1:-} in
 start)
     exec 9>"$here/lock"
-    if ! flock --nonblock 9; then
+    # Whoever asks how it stands holds the lock for a moment.
+    if ! flock --timeout 1 9; then
         echo "running already"
         exit
     fi

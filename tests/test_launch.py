@@ -98,6 +98,7 @@ esac
 
 def test_a_pod_from_nothing_through_a_preemption_to_the_end(tree):
     subprocess.run(["git", "init", "--quiet"], cwd=tree.root, check=True)
+    (tree.fakes / "old").touch()  # So is Python on the pod.
     (tree.root / "train.sh").write_text(TRAINER)  # Not known to git, but not ignored either.
     flags = "up pod --zone=z --type=v5litepod-16 --spot --shared=10.0.0.2:/runs --every=0.05"
     trainer = "bash train.sh lasad_jax.train --workdir=runs/a"
