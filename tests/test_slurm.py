@@ -46,6 +46,8 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
 CredType=cred/none
+# JAX makes its port of the job's number: another one in each of these Slurms.
+FirstJobId={ports[0]}
 SlurmctldPort={ports[0]}
 SlurmdPort={ports[1]}
 StateSaveLocation={folder}/state
