@@ -6,6 +6,8 @@ import sys
 
 import numpy as np
 import pytest
+from absl import flags
+from ml_collections import config_flags
 from PIL import Image
 from tiny import ROOT, environment
 
@@ -14,6 +16,7 @@ from lasad_jax.data.images import load_images
 from lasad_jax.evaluation.fit_classifier import fit_classifier, save_classifier
 
 README = (ROOT / "README.md").read_text()
+PODS = (ROOT / "docs/pods.md").read_text()
 TRAIN = (
     "lasad_jax.train --config=configs/digits.py --config.steps=4 --config.sample_every=4 "
     "--config.save_every=2 --config.eval_every=4 --config.num_samples=10 "
@@ -101,20 +104,35 @@ def test_python_in_the_readme_runs():
     assert scope["o_next"].shape == (2, 4, 64)
 
 
-def test_commands_in_the_readme_exist():
-    """Modules, flags, config files and fields."""
-    shell = " ".join(re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL))
+def parsed(words, monkeypatch):
+    """The configuration that a training command's words ask for."""
+    words = ["train", *words.split()]
+    monkeypatch.setattr(sys, "argv", words)  # Where config_flags looks for fields.
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    values(words)
+    return values.config
+
+
+@pytest.mark.parametrize(("page", "number"), [(README, 20), (PODS, 4)], ids=["README", "pods"])
+def test_commands_in_the_pages_exist(page, number, monkeypatch):
+    """Modules, flags, config files; configurations are such as may be trained."""
+    monkeypatch.chdir(ROOT)
+    shell = " ".join(re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL))
     shell = re.sub(r"\\\n", " ", re.sub(r"#.*", "", shell))
     commands = re.findall(r"python -m (lasad_jax\.\w+)(.*)", shell)
-    assert len(commands) >= 6
-    for module, flags in commands:
+    assert len(commands) >= number
+    for module, words in commands:
         source = (ROOT / (module.replace(".", "/") + ".py")).read_text()
         for shared in ("sampling", "data", "training"):
             if re.search(rf"lasad_jax\.{shared}(\.| import )flags", source):
                 source += (ROOT / f"lasad_jax/{shared}/flags.py").read_text()
-        for flag in re.findall(r"--(\w+)=", flags):
+        for flag in re.findall(r"--(\w+)=", words):
             assert f'"{flag}"' in source, (module, flag)
-    for path in re.findall(r"(?:configs|launch|docs)/[\w.]+", README):
+        if module == "lasad_jax.train":
+            build_config(parsed(words, monkeypatch))
+    for path in re.findall(r"(?<![\w/])(?:configs|launch|docs)/[\w.-]*\w", page):
         assert (ROOT / path).exists(), path
 
 
