@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from processes import command
 from tiny import ROOT, environment
 
 from lasad_jax.config import DataConfig, build_config
@@ -15,25 +16,14 @@ from lasad_jax.evaluation.fit_classifier import fit_classifier, save_classifier
 
 README = (ROOT / "README.md").read_text()
 TRAIN = (
-    "lasad_jax.train --config=configs/digits.py --config.steps=4 --config.sample_every=4 "
+    "train --config=configs/digits.py --config.steps=4 --config.sample_every=4 "
     "--config.save_every=2 --config.eval_every=4 --config.num_samples=10 "
     "--config.optimizer.schedule=constant --config.model.num_layers=1 --config.model.width=16"
 )
 
 
-def run(command, *, fails=False):
-    result = subprocess.run(
-        [sys.executable, "-m", *command.split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert (result.returncode != 0) == fails, result.stderr
-    if fails:
-        assert "Traceback" not in result.stderr
-    return result.stdout + result.stderr
+def run(line, *, fails=False):
+    return command(*line.split(), fails=fails)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +34,7 @@ def workdir(tmp_path_factory):
 
 
 def test_sample_complete_and_evaluate(workdir):
-    run(f"lasad_jax.sample --workdir={workdir} --num=20 --out={workdir}/a --batch_size=8")
+    run(f"sample --workdir={workdir} --num=20 --out={workdir}/a --batch_size=8")
     with np.load(workdir / "a.npz") as file:
         images, labels = file["arr_0"], file["arr_1"]
     assert images.shape == (20, 8, 8, 1)
@@ -55,7 +45,7 @@ def test_sample_complete_and_evaluate(workdir):
     real = load_images(DataConfig(), "test").images[:5]
     np.savez(workdir / "real.npz", arr_0=real, arr_1=np.full(5, 3))
     run(
-        f"lasad_jax.sample --workdir={workdir} --complete={workdir}/real.npz --rows=5 "
+        f"sample --workdir={workdir} --complete={workdir}/real.npz --rows=5 "
         f"--out={workdir}/b --temperature=0 --guidance=1"
     )
     with np.load(workdir / "b.npz") as file:
@@ -69,7 +59,7 @@ def test_sample_complete_and_evaluate(workdir):
     save_classifier(
         workdir / "evaluation" / "classifier.safetensors", fit_classifier(*digits, epochs=1)
     )
-    evaluate = f"lasad_jax.evaluate --workdir={workdir} --samples={workdir}/a.npz"
+    evaluate = f"evaluate --workdir={workdir} --samples={workdir}/a.npz"
     said = run(f"{evaluate} --metrics=inception_score,class_agreement")
     assert re.search(r"class agreement +[01]\.\d+", said)
     assert re.search(r"Inception Score \(classifier\) +\d\.\d+ ± ", said)
@@ -89,7 +79,7 @@ def test_sample_complete_and_evaluate(workdir):
     ],
 )
 def test_bad_requests_are_refused_in_a_line(workdir, flags, message):
-    assert re.search(message, run(f"lasad_jax.sample --workdir={workdir} {flags}", fails=True))
+    assert re.search(message, run(f"sample --workdir={workdir} {flags}", fails=True))
 
 
 def test_python_in_the_readme_runs():
