@@ -109,31 +109,40 @@ def test_commands_in_the_readme_exist():
 
 
 def test_annotations_hold_at_run_time():
-    """jaxtyping's shapes, checked by beartype through a model, a train step and a decode."""
+    """jaxtyping's shapes, checked by beartype through a model, a train step and a decode.
+
+    Tracing checks them; one decode is compiled and run, for the functions around it.
+    """
     script = """
 from jaxtyping import install_import_hook
 modules = ["lasad_jax." + name for name in ("ops", "models", "sampling", "data", "training.step",
                                         "training.cross_entropy")]
 with install_import_hook(modules, "beartype.beartype"):
     import jax, numpy as np
-    from lasad_jax.config import Config, MeshConfig, SamplingConfig
+    from lasad_jax.config import Config, SamplingConfig
     from lasad_jax.models import ModelConfig
-    from lasad_jax.sampling.decode import balanced_labels, sample_tokens
+    from lasad_jax.models.decoder import prepare
+    from lasad_jax.sampling.decode import balanced_labels, generate, sample_tokens
     from lasad_jax.training.sharding import make_mesh
-    from lasad_jax.training.state import init_state
+    from lasad_jax.training.state import abstract_state
     from lasad_jax.training.step import make_eval_step, make_train_step
+sampling = SamplingConfig(top_k=3, top_p=0.5)
+labels, given = balanced_labels(4, 3), np.zeros((4, 4), np.int32)
 for changes in ({}, {"mixer": "softmax"}, {"decay": "manhattan", "selective": False}):
     model = ModelConfig(vocab_size=7, num_classes=3, grid=(3, 4), num_layers=1, width=16,
                         num_heads=2, **changes)
     config = Config(model=model, batch_size=4)
     mesh = make_mesh(config.mesh)
-    state = init_state(config, mesh)
+    state = abstract_state(config, mesh)
     batch = {"tokens": np.zeros((4, 12), np.int32), "labels": np.zeros(4, np.int32),
              "mask": np.ones(4, np.float32)}
     jax.eval_shape(make_train_step(config), state, batch)
     jax.eval_shape(make_eval_step(model), state.params, batch)
-    sample_tokens(model, state.params, balanced_labels(4, 3), sampling=SamplingConfig(top_k=3,
-                  top_p=0.5), seed=0, mesh=mesh, given=np.zeros((4, 4), np.int32))
+    draw = lambda params, *images: generate(model, prepare(model, params), *images, sampling)
+    keys = jax.random.split(jax.random.key(0), 4)
+    jax.eval_shape(draw, state.params, labels, keys, given)
+params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.params)
+sample_tokens(model, params, labels, sampling=sampling, seed=0, mesh=mesh, given=given)
 """
     result = subprocess.run(
         [sys.executable, "-c", script],
