@@ -1,5 +1,6 @@
-"""Settings that must stand before JAX is imported: eight CPU devices, a compilation cache."""
+"""Settings that must stand before JAX is imported: eight CPU devices, what saves time."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -18,3 +19,6 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+# Tracing makes very many objects and little garbage: looking for it took a fifth of the time.
+gc.set_threshold(50_000)
