@@ -61,14 +61,19 @@ def test_updates_are_those_of_adamw_in_numpy():
         unbox(jax.eval_shape(lambda: init_state(config, one_device_mesh(config)).params)), 0, 1.0
     )
     opt_state = optimizer.init(params)
+
+    @jax.jit
+    def update(gradient, opt_state, params):
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     expected = leaves(params)
     assert {is_decayed(name) for name in expected} == {True, False}
     first = {name: np.zeros_like(value) for name, value in expected.items()}
     second = dict(first)
     for count, scale in enumerate((0.01, 3.0, 0.02)):
         gradient = random_like(params, count + 1, scale)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params, opt_state = update(gradient, opt_state, params)
 
         gradient = leaves(gradient)
         norm = math.sqrt(sum(np.sum(np.square(g)) for g in gradient.values()))
@@ -155,7 +160,7 @@ def test_held_out_loss_is_the_mean_over_all_images(run):
     tokens, labels = tokens_and_labels(config, "test")
     assert len(labels) % config.batch_size
     params = restore(config, workdir, 8).ema
-    logits = LASADGen(config.model).apply({"params": params}, tokens, labels)
+    logits = jax.jit(LASADGen(config.model).apply)({"params": params}, tokens, labels)
     losses = -np.take_along_axis(
         log_softmax(np.asarray(logits, np.float64), -1), tokens[..., None], -1
     )

@@ -90,7 +90,5 @@ def command(*flags: str) -> list[str]:
 
 def environment(devices: int) -> dict[str, str]:
     """For a subprocess in ROOT; its compilation cache lies with the tests' own."""
-    xla_flags = (
-        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    )
+    xla_flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
     return os.environ | {"HOME": str(ROOT / ".cache"), "XLA_FLAGS": xla_flags}
