@@ -2,8 +2,8 @@
 
     python -m lasad_jax.train --config=configs/imagenet256.py:B --workdir=runs/imagenet_B
 
-B, L and XL are the sizes (XL trains for 50 epochs); the softmax baseline at equal size is
---config.model.mixer=softmax. LlamaGen-B reaches FID 5.46, L 3.81 (arXiv 2406.06525); no
+B, L, XL, XXL and 3B are the sizes (from XL on for 50 epochs); the softmax baseline at equal size
+is --config.model.mixer=softmax. LlamaGen-B reaches FID 5.46, L 3.81 (arXiv 2406.06525); no
 LASADGen of these sizes has been trained yet. The codes are read from data.directory.
 """
 
@@ -12,12 +12,12 @@ import ml_collections
 from lasad_jax.config import default_config
 from lasad_jax.models import SIZES
 
-_EPOCHS = {"B": 300, "L": 300, "XL": 50}
+_EPOCHS = {"B": 300, "L": 300, "XL": 50, "XXL": 50, "3B": 50}
 _IMAGES = 1_281_167
 
 
 def get_config(size: str = "B") -> ml_collections.ConfigDict:
-    """The recipe at size B, L or XL."""
+    """The recipe at size B, L, XL, XXL or 3B."""
     if size not in _EPOCHS:
         raise ValueError(f"--config=configs/imagenet256.py:{size}: size is one of {[*_EPOCHS]}")
     config = default_config()

@@ -4,6 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from logging import LogRecord
 from pathlib import Path
 
 import jax
@@ -37,8 +38,7 @@ def run(main: Callable[[], None]) -> None:
             sys.exit(f"{type(error).__name__}: {error}")
 
     logging.set_verbosity(logging.WARNING)
-    # Orbax warns that checkpoints opened for reading are read-only.
-    logging.get_absl_logger().addFilter(lambda record: "is read only" not in str(record.msg))
+    logging.get_absl_logger().addFilter(_is_news)
     # Pillow warns of images above half its limit on pixels; above the limit it refuses them.
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "lasad_jax"))
@@ -59,6 +59,14 @@ def rows_and_columns(name: str, words: list[str]) -> tuple[int, int]:
         raise ValueError(f"{name}: {','.join(words)!r} must be rows,columns such as 16,24")
     numbers = [int(word) for word in words]
     return numbers[0], numbers[-1]
+
+
+def _is_news(record: LogRecord) -> bool:
+    """Not what Orbax warns of in any case, nor its tracebacks of errors that it raises too."""
+    orbax = "orbax" in record.pathname
+    words = str(record.msg)
+    usual = "is read only" in words or "did not provide metrics" in words
+    return not (orbax and (usual or record.exc_info))
 
 
 def _join_processes() -> None:

@@ -2,20 +2,20 @@
 
 Any field can be set on the command line: --config.model.codebook_size=4096. Running the
 same command again goes on where the run stopped.
+
+On SIGTERM, at any moment, the run saves and exits with status 75 (EX_TEMPFAIL): the same command
+goes on exactly where it was. An error is status 1.
 """
 
-from pathlib import Path
-
 from absl import flags
-from ml_collections import config_flags
 
-from lasad_jax.command import run
-from lasad_jax.config import TokenizerRunConfig, build_config
-from lasad_jax.training.loop import train
+from lasad_jax import command
+from lasad_jax.config import TokenizerRunConfig
+from lasad_jax.training import flags as training_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Path of a config file.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if missing.")
+# Or --help would not show them.
+flags.adopt_module_key_flags(command)
+flags.adopt_module_key_flags(training_flags)
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    run(lambda: train(build_config(_CONFIG.value, TokenizerRunConfig), Path(_WORKDIR.value)))
+    training_flags.run_training(TokenizerRunConfig)

@@ -7,12 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from lasad_jax.benchmarks import (
-    counts,
-    limits,
-    tables,
-)
-from lasad_jax.models import LASADGen, ModelConfig, count_parameters
+from lasad_jax.benchmarks import limits, tables
+from lasad_jax.models import LASADGen, ModelConfig, count_parameters, counts
 from lasad_jax.models.generator import init_cache, init_parameters
 from lasad_jax.training.state import unbox
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_cases import quick_jit
+from kernel_cases import precise_jit, quick_jit
 from tiny import initial_parameters
 
 from lasad_jax.models import LASADGen, ModelConfig, layers
@@ -51,8 +51,8 @@ def loss(config, params, tokens, labels, key=None):
     return mean_loss(*factors, tokens)
 
 
-def loss_and_gradients(config, *args):
-    return quick_jit(jax.value_and_grad(functools.partial(loss, config)))(*args)
+def loss_and_gradients(config, *args, jit=quick_jit):
+    return jit(jax.value_and_grad(functools.partial(loss, config)))(*args)
 
 
 def assert_close(got, want, tolerance):
@@ -213,7 +213,7 @@ def test_unrolled_layers_have_the_same_loss_and_gradients(changes, unrolled):
 
     def results(unroll):
         config, *args = case(unroll=unroll, dropout=0.2, class_dropout=0.2, **changes)
-        return loss_and_gradients(config, *args, jax.random.key(3))
+        return loss_and_gradients(config, *args, jax.random.key(3), jit=precise_jit)
 
     rolled = results(1)
     for unroll in unrolled:

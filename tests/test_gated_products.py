@@ -15,7 +15,7 @@ from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.kernels.gated_triton import Tiling
 from lasad_jax.ops.passes import gated_products as module
 from lasad_jax.ops.passes.gated_products import fused, gated_heads_product, kernels, swiglu_product
-from lasad_jax.training.sharding import batch_sharding, make_mesh
+from lasad_jax.training.sharding import BATCH_AXES, batch_sharding, make_mesh
 
 # B, N, F, D
 SWIGLU_CASES = [(1, 1, 16, 8), (2, 7, 48, 16), (3, 5, 320, 24), (2, 16, 256, 8), (2, 9, 50, 12)]
@@ -232,7 +232,7 @@ def test_each_device_has_its_own_images_and_channels(batch, own, monkeypatch):
         heads_oracle(*heads_args[0], heads_args[1], 24),
     )
     swiglu_args, heads_args = (cast(*args, jnp.float32) for args in (swiglu_args, heads_args))
-    axes = {"batch_axes": ("data", "fsdp") if own < batch else None}
+    axes = {"batch_axes": BATCH_AXES if own < batch else None}
     feed = functools.partial(swiglu_product, hidden_axes="tensor", **axes)
     heads = functools.partial(
         gated_heads_product, gate_start=24, epsilon=EPSILON, head_axes="tensor", **axes

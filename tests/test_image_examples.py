@@ -128,17 +128,17 @@ def test_processes_share_the_batches_of_one(directory, place, num_processes):
     del place
     training, held_out = open_examples(directory), open_examples(directory, "test", augment=None)
 
-    def steps(process_index, process_count):
-        share = {"process_index": process_index, "process_count": process_count}
+    def steps(rows):
+        share = {"rows": rows}
         batches = train_batches(training, batch_size=8, seed=3, start_step=1, **share)
         trained = [next(batches)["images"] for _ in range(4)]
         tested = list(held_out_batches(held_out, batch_size=8, **share))
         return [*trained, *(part[name] for part in tested for name in ("images", "mask"))]
 
-    whole = steps(0, 1)
+    whole = steps(None)
     # Across the border between epochs.
     assert sum(len(part) for part in whole[:4]) > TRAIN
-    parts = [steps(index, num_processes) for index in range(num_processes)]
+    parts = [steps(rows) for rows in np.split(np.arange(8), num_processes)]
     for i, expected in enumerate(whole):
         np.testing.assert_array_equal(np.concatenate([part[i] for part in parts]), expected)
 

@@ -126,7 +126,7 @@ END = {"add_norm_forward": 1, "add_norm_backward": 1, "row_losses": 1}
         ("TPU v5 lite", "tpu", "manhattan", "tpu_custom_call"),
     ],
 )
-@pytest.mark.parametrize(("sizes", "unroll"), [(None, 1), (None, 3), ((2, 2, 2), 1)], ids=str)
+@pytest.mark.parametrize(("sizes", "unroll"), [(None, 1), (None, 3), ((1, 2, 2, 2), 1)], ids=str)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_the_train_step_lowers_with_kernels(kind, platform, decay, target, sizes, unroll):
     """Layers under remat, as a loop or one by one; on a mesh under shard_map."""

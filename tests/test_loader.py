@@ -52,14 +52,31 @@ def test_a_run_goes_on_from_any_step(size, batch_size, seed, start):
 @settings(max_examples=20, deadline=None)
 @given(sizes, batch_sizes, seeds, st.sampled_from([1, 2, 4]))
 def test_processes_share_the_same_batch(size, batch_size, seed, count):
-    kwargs = {"batch_size": batch_size, "seed": seed, "process_count": count}
-    parts = [take(4, examples(size), process_index=i, **kwargs) for i in range(count)]
-    whole = take(4, examples(size), batch_size=batch_size, seed=seed)
+    kwargs = {"batch_size": batch_size, "seed": seed}
+    parts = [
+        take(4, examples(size), rows=rows, **kwargs)
+        for rows in np.split(np.arange(batch_size), count)
+    ]
+    whole = take(4, examples(size), **kwargs)
     for step, batch in enumerate(whole):
         for key, value in batch.items():
             shares = [part[step][key] for part in parts]
             assert {len(share) for share in shares} == {batch_size // count}
             np.testing.assert_array_equal(np.concatenate(shares), value)
+
+
+def test_rows_need_not_be_consecutive():
+    kwargs = {"batch_size": 8, "seed": 3}
+    rows = np.array([1, 2, 6])
+    # 21 images: the third batch runs across the border between epochs.
+    for some, whole in zip(
+        take(6, examples(21), rows=rows, **kwargs), take(6, examples(21), **kwargs), strict=True
+    ):
+        assert_same([some], [{name: value[rows] for name, value in whole.items()}])
+    parts = held_out_batches(examples(21), batch_size=8, rows=rows)
+    np.testing.assert_array_equal(
+        [part["mask"] for part in parts], [[1, 1, 1], [1, 1, 1], [1, 1, 0]]
+    )
 
 
 @settings(max_examples=20, deadline=None)
@@ -101,12 +118,8 @@ def test_batches_are_independent_int32_arrays():
 def test_held_out_examples_come_once_in_order(size, batch_size, count):
     tokens, labels = arrays(size)
     parts = [
-        list(
-            held_out_batches(
-                examples(size), batch_size=batch_size, process_index=i, process_count=count
-            )
-        )
-        for i in range(count)
+        list(held_out_batches(examples(size), batch_size=batch_size, rows=rows))
+        for rows in np.split(np.arange(batch_size), count)
     ]
     assert {len(part) for part in parts} == {-(-size // batch_size)}
     seen = []
@@ -124,9 +137,11 @@ def test_held_out_examples_come_once_in_order(size, batch_size, count):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batch_size": 6, "process_count": 4}, "batch_size is 6.*number of processes, 4"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"process_index": 2, "process_count": 2}, "process_index is 2 of process_count 2"),
+        ({"rows": np.array([2, 4])}, r"rows are \[2 4\].* 0 to 3"),
+        ({"rows": np.array([-1, 2])}, r"rows are \[-1  2\]"),
+        ({"rows": np.array([2, 1])}, r"rows are \[2 1\]: they must ascend"),
+        ({"rows": np.array([], int)}, r"rows are \[\]"),
         ({"seed": -1}, "seed is -1"),
         ({"start_step": -1}, "start_step is -1"),
         ({"num_threads": 0}, "num_threads is 0"),

@@ -1,13 +1,12 @@
 """Decoding: guidance, and images that depend on nothing but their seed."""
 
 import dataclasses
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import command
 from test_models import tiny_model
 
 from lasad_jax.config import MeshConfig, SamplingConfig
@@ -132,8 +131,4 @@ def test_decoding_memory_does_not_grow_with_length():
 
 
 def test_sample_without_a_run_says_so(tmp_path):
-    command = [sys.executable, "-m", "lasad_jax.sample", f"--workdir={tmp_path}"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 1
-    assert "no run in" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert "no run in" in command("sample", f"--workdir={tmp_path}", fails=True)

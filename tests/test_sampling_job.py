@@ -1,8 +1,6 @@
 """Jobs of many images: stopped anywhere, damaged, mistaken for another, on several processes."""
 
 import json
-import subprocess
-import sys
 import time
 import tracemalloc
 
@@ -10,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from processes import run_two
-from tiny import ROOT, environment, tiny_config
+from processes import call, command, run_two, start
+from tiny import tiny_config
 
 from lasad_jax.config import MeshConfig
 from lasad_jax.sampling import job as job_module
@@ -237,29 +235,12 @@ def workdir(tmp_path_factory):
     return workdir
 
 
-def command(workdir, out, *flags):
-    return [
-        sys.executable,
-        "-m",
-        "lasad_jax.sample",
-        f"--workdir={workdir}",
-        f"--out={workdir / out}",
-        *flags,
-    ]
+def flags_of(workdir, out):
+    return f"--workdir={workdir}", f"--out={workdir / out}"
 
 
 def sample(workdir, out, *flags, devices=1, fails=False):
-    result = subprocess.run(
-        command(workdir, out, *flags),
-        cwd=ROOT,
-        env=environment(devices),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert (result.returncode != 0) == fails, result.stderr
-    return result.stdout + result.stderr
+    return command("sample", *flags_of(workdir, out), *flags, devices=devices, fails=fails)
 
 
 def results(workdir, out):
@@ -271,17 +252,15 @@ def kill_at_work(workdir, out, *flags):
     folder = workdir / f"{out}.parts"
     parts = lambda: {path.name: path.stat().st_mtime_ns for path in folder.glob("part-*.npz")}
     before = parts()
-    process = subprocess.Popen(
-        command(workdir, out, *flags), cwd=ROOT, env=environment(1), stderr=subprocess.DEVNULL
-    )
+    process = start("sample", *flags_of(workdir, out), *flags)
     deadline = time.monotonic() + 120
     while len(parts()) == len(before):
-        assert process.poll() is None, "the command ended before it wrote"
+        assert process.is_alive(), "the command ended before it wrote"
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    assert process.poll() is None, "the command ended before it could be killed"
+    assert process.is_alive(), "the command ended before it could be killed"
     process.kill()
-    process.wait()
+    process.join()
     assert not (workdir / f"{out}.npz").exists()
     return before, parts()
 
@@ -296,7 +275,6 @@ def test_a_job_killed_twice_ends_like_one_that_was_not(workdir):
 
     refusal = sample(workdir, "killed", *flags, "--seed=3", fails=True)
     assert "ValueError: out: " in refusal and "seed: 0 there, 3 now" in refusal
-    assert "Traceback" not in refusal
 
     said = sample(workdir, "killed", *flags)
     assert "150 images of step 1" in said
@@ -318,7 +296,7 @@ def test_any_devices_and_processes_draw_the_same(workdir):
     images[:8] = 7
     job = Job(workdir / "two", labels, 8, json.loads(read_comment(workdir / "one.npz")))
     job.write_part(np.arange(8), images[:8])
-    said = run_two(command(workdir, "two", *flags, "--distributed"), devices=4)
+    said = run_two(call("sample", *flags_of(workdir, "two"), *flags, "--distributed"), devices=4)
     assert [out.count("20 images of step 1") for out, _ in said] == [1, 0]
     with np.load(workdir / "two.npz") as file:
         np.testing.assert_array_equal(file["arr_0"], images)

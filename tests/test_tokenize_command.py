@@ -2,15 +2,14 @@
 
 import random
 import re
-import subprocess
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
-from processes import call, run_two
+from processes import call, run_two, start
 from small_codes import files_of
-from tiny import ROOT, environment, tiny_config
+from tiny import tiny_config
 from tokenizing import (
     CLASSES,
     GRID,
@@ -125,21 +124,16 @@ def test_the_manifest_says_what_was_made_of_what(top, codec, whole):
 def kill_at_work(flags, out, delay):
     """Kills the command a little after it has begun to write; it must still be at work."""
     before = set(out.iterdir()) if out.exists() else set()
-    process = subprocess.Popen(
-        call("tokenize", *flags, f"--out={out}"),
-        cwd=ROOT,
-        env=environment(1),
-        stderr=subprocess.DEVNULL,
-    )
+    process = start("tokenize", *flags, f"--out={out}")
     deadline = time.monotonic() + 120
     while not any(".arrayrecord" in p.name for p in set(ls(out)) - before):
-        assert process.poll() is None, "the command ended before it wrote"
+        assert process.is_alive(), "the command ended before it wrote"
         assert time.monotonic() < deadline
         time.sleep(0.002)
     time.sleep(delay)
-    assert process.poll() is None, "the command ended before it could be killed"
+    assert process.is_alive(), "the command ended before it could be killed"
     process.kill()
-    process.wait()
+    process.join()
     assert not (out / "manifest.json").exists()
 
 

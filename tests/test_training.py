@@ -14,7 +14,7 @@ from tiny import one_device_mesh, tiny_config, tokens_and_labels, train_steps
 
 from lasad_jax.config import OptimizerConfig, load_config
 from lasad_jax.models import LASADGen
-from lasad_jax.training import generator_task, loop
+from lasad_jax.training import loop
 from lasad_jax.training.checkpoints import Checkpoints
 from lasad_jax.training.metrics import read_metrics
 from lasad_jax.training.state import (
@@ -61,14 +61,19 @@ def test_updates_are_those_of_adamw_in_numpy():
         unbox(jax.eval_shape(lambda: init_state(config, one_device_mesh(config)).params)), 0, 1.0
     )
     opt_state = optimizer.init(params)
+
+    @jax.jit
+    def update(gradient, opt_state, params):
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     expected = leaves(params)
     assert {is_decayed(name) for name in expected} == {True, False}
     first = {name: np.zeros_like(value) for name, value in expected.items()}
     second = dict(first)
     for count, scale in enumerate((0.01, 3.0, 0.02)):
         gradient = random_like(params, count + 1, scale)
-        updates, opt_state = optimizer.update(gradient, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params, opt_state = update(gradient, opt_state, params)
 
         gradient = leaves(gradient)
         norm = math.sqrt(sum(np.sum(np.square(g)) for g in gradient.values()))
@@ -155,7 +160,7 @@ def test_held_out_loss_is_the_mean_over_all_images(run):
     tokens, labels = tokens_and_labels(config, "test")
     assert len(labels) % config.batch_size
     params = restore(config, workdir, 8).ema
-    logits = LASADGen(config.model).apply({"params": params}, tokens, labels)
+    logits = jax.jit(LASADGen(config.model).apply)({"params": params}, tokens, labels)
     losses = -np.take_along_axis(
         log_softmax(np.asarray(logits, np.float64), -1), tokens[..., None], -1
     )
@@ -181,7 +186,11 @@ def test_a_run_leaves_numbers_and_pictures(run):
     rows = read_metrics(workdir / "metrics.jsonl")
     assert len(rows) == len((workdir / "metrics.jsonl").read_text().splitlines())
     assert [row["step"] for row in rows] == list(range(1, 9))
-    assert {"loss", "grad_norm", "learning_rate", "images_per_second", "step"} == rows[0].keys()
+    told = {name for name in rows[0] if not name.startswith("goodput/")}
+    assert told == {
+        *("step", "loss", "grad_norm", "learning_rate", "skipped_updates", "grad_norm_level"),
+        *("images_per_second", "tokens_per_second"),
+    }
     assert all(math.isfinite(value) for row in rows for value in row.values())
     (events,) = workdir.glob("events.out.tfevents.*")
     assert b"held_out_nats_per_token" in events.read_bytes()
@@ -202,38 +211,6 @@ def test_a_cut_line_is_passed_over(tmp_path):
 # What is refused
 
 
-@pytest.mark.parametrize("bad", ["loss", "grad_norm"])
-@pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_the_first_step_that_is_not_finite_is_named(bad, value):
-    good = {"loss": np.float32(1), "grad_norm": np.float32(1)}
-    loop.check_finite([good, good], 8)
-    with pytest.raises(FloatingPointError, match=rf"step 6: .*{value}.*optimizer.learning_rate"):
-        loop.check_finite([good, good | {bad: np.float32(value)}, good, good], 8)
-
-
-def test_a_run_that_is_not_finite_stops_and_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
-    config = tiny_config(log_every=8)
-    make = generator_task.make_train_step
-
-    def make_poisoned(config):
-        step = make(config)
-
-        def poisoned(state, batch):
-            new, metrics = step(state, batch)
-            return new, metrics | {"loss": jnp.where(state.step == 5, jnp.nan, metrics["loss"])}
-
-        return poisoned
-
-    with monkeypatch.context() as patch:
-        patch.setattr(generator_task, "make_train_step", make_poisoned)
-        with pytest.raises(FloatingPointError, match=r"step 6: loss nan"):
-            loop.train(config, tmp_path)
-    assert Checkpoints(tmp_path, read_only=True).steps() == [4]
-    assert int(restore(config, tmp_path, 4).step) == 4
-    loop.train(config, tmp_path)
-    assert int(restore(config, tmp_path, 8).step) == 8
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -243,7 +220,7 @@ def test_a_run_that_is_not_finite_stops_and_goes_on_from_its_checkpoint(tmp_path
         ({"batch_size": 1600}, r"config\.batch_size: 1600 is more than the 1442 training"),
         ({"batch_size": 12}, r"config\.batch_size: 12 must be a multiple of 8"),
         ({"optimizer": {"accumulate": 4}}, r"config\.batch_size: 16 must be a multiple of 32"),
-        ({"mesh": {"data": 3}}, r"mesh: .*\(3, 1, 1\) does not multiply to the 8 devices"),
+        ({"mesh": {"data": 3}}, r"mesh: .*\(3, 1, 1, 1\) does not multiply to the 8 devices"),
         ({"data": {"source": "x"}}, r"'x'"),
     ],
 )

@@ -62,7 +62,10 @@ def tokens_and_labels(config: Config, split: str = "train"):
 def train_steps(config: Config, mesh, steps: int, see=lambda state: None):
     """The state after some steps, and the loss of each; `see` is shown every state."""
     batches = train_batches(
-        TokenExamples(*tokens_and_labels(config)), batch_size=config.batch_size, seed=config.seed
+        TokenExamples(*tokens_and_labels(config)),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        rows=sharding.local_rows(config.batch_size, mesh),
     )
     losses = []
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
@@ -87,7 +90,5 @@ def command(*flags: str) -> list[str]:
 
 def environment(devices: int) -> dict[str, str]:
     """For a subprocess in ROOT; its compilation cache lies with the tests' own."""
-    xla_flags = (
-        f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    )
+    xla_flags = os.environ["XLA_FLAGS"] + f" --xla_force_host_platform_device_count={devices}"
     return os.environ | {"HOME": str(ROOT / ".cache"), "XLA_FLAGS": xla_flags}

@@ -42,7 +42,7 @@ def make_step(config: Config, *, plain: bool = False) -> Callable:
         value, gradient = jax.value_and_grad(loss)(state.params, batch, key)
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state, None), {"loss": value}
+        return TrainState(state.step + 1, params, opt_state, None, state.guard), {"loss": value}
 
     return step
 

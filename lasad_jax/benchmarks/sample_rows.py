@@ -7,13 +7,13 @@ import time
 import jax
 import jax.numpy as jnp
 
-from lasad_jax.benchmarks import counts, decoding, llamagen
+from lasad_jax.benchmarks import decoding, llamagen
 from lasad_jax.benchmarks.compiling import compiled
 from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.limits import AllocatorPeak, compiled_bytes
 from lasad_jax.benchmarks.tables import one_line
 from lasad_jax.benchmarks.timing import seconds_per_call
-from lasad_jax.models import ModelConfig, count_parameters, decoder
+from lasad_jax.models import ModelConfig, count_parameters, counts, decoder
 from lasad_jax.models.decoder import Weights
 from lasad_jax.models.generator import init_parameters
 from lasad_jax.training.state import unbox

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
 
-from lasad_jax.benchmarks import counts, llamagen
+from lasad_jax.benchmarks import llamagen
 from lasad_jax.benchmarks.compiling import compiled
 from lasad_jax.benchmarks.generators import GeneratorCase, random_batch
 from lasad_jax.benchmarks.limits import AllocatorPeak, compiled_bytes
@@ -22,7 +22,7 @@ from lasad_jax.benchmarks.timing import NUM_SETS, seconds_per_call
 from lasad_jax.config import Config, OptimizerConfig
 from lasad_jax.data.codes import CodeExamples
 from lasad_jax.data.loader import train_batches
-from lasad_jax.models import count_parameters
+from lasad_jax.models import count_parameters, counts
 from lasad_jax.training import sharding
 from lasad_jax.training.state import abstract_state, init_state
 from lasad_jax.training.step import Batch, make_train_step

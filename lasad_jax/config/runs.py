@@ -30,6 +30,8 @@ class RunConfig:
       log_every, eval_every, sample_every, save_every: steps between each; 0 for never.
       keep_last: newest checkpoints to keep, beside the one with the best held-out loss.
       num_samples: images in a picture made during training.
+      watchdog: seconds without progress after which a line says which process is where; 0 for
+        never.
       data, optimizer, mesh: sections of their own.
       model: the architecture; each kind of run has its own.
     """
@@ -43,6 +45,7 @@ class RunConfig:
     save_every: int = 500
     keep_last: int = 2
     num_samples: int = 40
+    watchdog: int = 600
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
@@ -51,7 +54,7 @@ class RunConfig:
     def __post_init__(self):
         at_least("config", self, 1, "steps", "batch_size", "log_every", "save_every")
         at_least("config", self, 1, "keep_last", "num_samples")
-        at_least("config", self, 0, "seed", "eval_every", "sample_every")
+        at_least("config", self, 0, "seed", "eval_every", "sample_every", "watchdog")
         if self.batch_size % self.optimizer.accumulate:
             raise ValueError(
                 f"optimizer.accumulate: {self.optimizer.accumulate} does not divide "
@@ -122,7 +125,8 @@ class TokenizerRunConfig(RunConfig):
 
     batch_size: int = 128
     optimizer: OptimizerConfig = dataclasses.field(
-        default_factory=lambda: OptimizerConfig(weight_decay=0.0)
+        # The discriminator's entry raises the gradient for good: no spike to leave out.
+        default_factory=lambda: OptimizerConfig(weight_decay=0.0, spike_factor=0.0)
     )
     model: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)

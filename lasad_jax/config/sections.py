@@ -82,6 +82,10 @@ class OptimizerConfig:
       clip_norm: largest global gradient norm.
       accumulate: micro-batches per step; the batch is split, its mean gradient is the same.
       ema_decay: decay of the parameter average, reached gradually; 0 keeps no average.
+      spike_factor: leave out an update whose gradient norm is above so many times its running
+        level, once that is over 100 steps; 0 for never. One that is not finite is always
+        left out.
+      max_skips: updates left out in a row after which the run ends with an error.
     """
 
     learning_rate: float = 1e-4
@@ -93,11 +97,15 @@ class OptimizerConfig:
     clip_norm: float = 1.0
     accumulate: int = 1
     ema_decay: float = 0.9999
+    spike_factor: float = 10.0
+    max_skips: int = 20
 
     def __post_init__(self):
         one_of("optimizer", self, "schedule", SCHEDULES)
         at_least("optimizer", self, 0, "learning_rate", "warmup_steps", "weight_decay")
-        at_least("optimizer", self, 1, "accumulate")
+        at_least("optimizer", self, 1, "accumulate", "max_skips")
+        if self.spike_factor != 0:
+            at_least("optimizer", self, 1, "spike_factor")
         if not self.clip_norm > 0:
             raise ValueError(f"optimizer.clip_norm: {self.clip_norm} must be positive")
         for name in ("b1", "b2", "ema_decay"):
@@ -107,23 +115,30 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """How many devices each axis of the mesh spans; -1 (once) for all that are left.
+    """How many devices each axis of the mesh spans.
+
+    -1 stands for all devices that are left, in one of the first three.
 
     Attributes:
       data: copies of the model, each with its part of the batch.
       fsdp: parts that parameters are split into, each with its part of the batch too.
       tensor: parts that heads, feed-forward and vocabulary are split into.
+      slice: groups of devices joined only by the data centre's network (the slices of a
+        multi-slice TPU, GPU hosts), each with copies of the model and its part of the batch;
+        -1 for as many as there are.
     """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    slice: int = 1
 
     def __post_init__(self):
         sizes = dataclasses.astuple(self)
-        if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        if sizes[:3].count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ValueError(
-                f"mesh: (data, fsdp, tensor) = {sizes} must be positive, at most one of them -1"
+                f"mesh: (data, fsdp, tensor, slice) = {sizes} must be positive, or -1 for slice "
+                "and at most one of the others"
             )
 
 

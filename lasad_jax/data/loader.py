@@ -1,8 +1,8 @@
 """Batches as a pure function of (seed, step), whatever the number of processes.
 
 The epochs laid end to end are one endless sequence of examples; the batch of step k is its
-k-th block of `batch_size`, and process p of n takes the p-th of n equal parts of that. So a
-run goes on from a single stored number, the step, on any number of processes.
+k-th block of `batch_size`, of which a process makes the rows that its devices hold. So a run
+goes on from a single stored number, the step, on any number of processes.
 """
 
 import functools
@@ -80,8 +80,7 @@ def train_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Integer[np.ndarray, " b"] | None = None,
     num_threads: int = 1,
 ) -> Iterator[Batch]:
     """Endless shuffled batches, made ahead of time on threads.
@@ -93,17 +92,18 @@ def train_batches(
       batch_size: of the global batch, all processes together.
       seed: of the order and of `examples`, from 0 to 2^64 - 1.
       start_step: where to begin: the first batch is the one of this step.
-      process_index, process_count: which part of each batch is this process's.
+      rows: which of each batch are this process's, ascending from 0 to batch_size - 1 at most;
+        None for all.
       num_threads: that make batches. More than one helps only where reading waits for the
         disk or the network: they contend for the interpreter.
 
     Returns:
-      An iterator over what `examples` give, in batch_size / process_count rows.
+      An iterator over what `examples` give for those rows.
 
     Raises:
-      ValueError: sizes that do not fit together.
+      ValueError: numbers out of range.
     """
-    local = _local_rows(batch_size, process_index, process_count)
+    rows = _check_rows(batch_size, rows)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed is {seed}; choose one from 0 to 2^64 - 1")
     if start_step < 0:
@@ -121,9 +121,9 @@ def train_batches(
         return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
 
     def make_batch(step: int) -> Batch:
-        epochs, places = np.divmod(step * batch_size + local, size)
-        rows = np.concatenate([order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
-        return examples.batch(rows, epochs, seed)
+        epochs, places = np.divmod(step * batch_size + rows, size)
+        chosen = np.concatenate([order(int(e))[places[epochs == e]] for e in np.unique(epochs)])
+        return examples.batch(chosen, epochs, seed)
 
     steps = grain.MapDataset.range(start_step, sys.maxsize)
     ahead = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=4 * num_threads)
@@ -131,24 +131,27 @@ def train_batches(
 
 
 def held_out_batches(
-    examples: Examples, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    examples: Examples, *, batch_size: int, rows: Integer[np.ndarray, " b"] | None = None
 ) -> Iterator[Batch]:
     """One pass in order, every batch of full size.
 
+    Args:
+      batch_size, rows: as of `train_batches`.
+
     Returns:
-      An iterator over what `train_batches` gives and "mask" (batch_size / process_count,)
-      float32: 1 for an example, 0 for the zeros that fill up the last batch.
+      An iterator over what `train_batches` gives and "mask" (b,) float32: 1 for an example, 0
+      for the zeros that fill up the last batch.
 
     Raises:
-      ValueError: sizes that do not fit together.
+      ValueError: numbers out of range.
     """
-    local = _local_rows(batch_size, process_index, process_count)
+    rows = _check_rows(batch_size, rows)
 
     def make_batch(start: int) -> Batch:
-        rows = start + local
-        rows = rows[rows < len(examples)]
-        batch = examples.batch(rows) | {"mask": np.ones(len(rows), np.float32)}
-        fill = len(local) - len(rows)
+        real = start + rows
+        real = real[real < len(examples)]
+        batch = examples.batch(real) | {"mask": np.ones(len(real), np.float32)}
+        fill = len(rows) - len(real)
         return {
             name: np.pad(value, [(0, fill)] + [(0, 0)] * (value.ndim - 1))
             for name, value in batch.items()
@@ -157,14 +160,14 @@ def held_out_batches(
     return map(make_batch, range(0, len(examples), batch_size))
 
 
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
-    """The rows of a global batch that belong to this process, after checking the sizes."""
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index is {process_index} of process_count {process_count}")
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch_size is {batch_size}, the global size: it must be a positive multiple of "
-            f"the number of processes, {process_count}"
-        )
-    local_size = batch_size // process_count
-    return np.arange(process_index * local_size, (process_index + 1) * local_size)
+def _check_rows(
+    batch_size: int, rows: Integer[np.ndarray, " b"] | None
+) -> Integer[np.ndarray, " b"]:
+    """The rows, or all, after checking them."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if rows is None:
+        return np.arange(batch_size)
+    if len(rows) == 0 or rows[0] < 0 or rows[-1] >= batch_size or np.any(np.diff(rows) <= 0):
+        raise ValueError(f"rows are {rows}: they must ascend and lie in 0 to {batch_size - 1}")
+    return rows

@@ -164,8 +164,10 @@ class LASADGen(nn.Module):
         return self._logits(features)[:, 0], cache
 
     def _embed(self, labels, tokens) -> Float[Array, "B N D"]:
-        prefix = self.class_embedding(labels)[:, None]
-        return jnp.concatenate([prefix, self.token_embedding(tokens)], axis=1)
+        # Each by itself: where width and images are split over the same devices, a part of the
+        # table is to be sent, not one-hot vectors of the whole batch.
+        prefix = _constrain(self.class_embedding(labels)[:, None])
+        return jnp.concatenate([prefix, _constrain(self.token_embedding(tokens))], axis=1)
 
     def _run(self, x, cache):
         # The embedding is the first branch: its dropout is that of all branches.

@@ -15,6 +15,7 @@ from lasad_jax.config import Config
 from lasad_jax.data.loader import held_out_batches, train_batches
 from lasad_jax.data.tokens import Codec, TokenData, check_run_tokens, load_tokens, store_run_tokens
 from lasad_jax.evaluation.in_training import TrainingMetrics
+from lasad_jax.models import counts
 from lasad_jax.sampling.decode import balanced_labels, sample_tokens
 from lasad_jax.sampling.pictures import image_grid
 from lasad_jax.training import sharding
@@ -39,6 +40,14 @@ class GeneratorTask:
         check_model(config, self.data)
         self._train_step = jax.jit(make_train_step(config), donate_argnums=0)
         self._eval_step = jax.jit(make_eval_step(config.model))
+
+    @property
+    def tokens_per_image(self) -> int:
+        return self.config.model.num_tokens
+
+    @functools.cached_property
+    def flops_per_image(self) -> int:
+        return counts.step_flops(self.config.model, self.config.model.num_tokens)
 
     @functools.cached_property
     def _codec(self) -> Codec:
@@ -74,6 +83,10 @@ class GeneratorTask:
             print(source.report())
         return init_state(self.config, self._mesh, source.load(self._mesh))
 
+    def compile(self, state: TrainState, batch: PyTree) -> None:
+        """Compiles `train_step`, whose own call then finds it done."""
+        self._train_step.lower(state, batch).compile()
+
     def train_step(self, state: TrainState, batch: PyTree) -> tuple[TrainState, Metrics]:
         """Takes one optimizer step; the old state is donated."""
         return self._train_step(state, batch)
@@ -85,8 +98,7 @@ class GeneratorTask:
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.config.batch_size, self._mesh),
         )
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
@@ -94,8 +106,7 @@ class GeneratorTask:
         batches = held_out_batches(
             self.data.held_out,
             batch_size=self.config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.config.batch_size, self._mesh),
         )
         params = state.best_params
         sums = [self._eval_step(params, sharding.put_batch(batch, self._mesh)) for batch in batches]

@@ -1,5 +1,6 @@
 """What a run tells the people who watch it: numbers, pictures, a progress bar."""
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -33,14 +34,25 @@ class Metrics:
 
     def scalars(self, step: int, values: dict[str, float]) -> None:
         """Records numbers at `step`."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, image: Image.Image) -> None:
         """Shows a picture in TensorBoard."""
         self._board.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_) -> None:
+        # What fails in closing after another error has the same cause: that one is told.
+        with contextlib.suppress(*([OSError] if kind else [])):
+            self.close()
 
     def close(self) -> None:
         """Writes out everything."""

@@ -1,19 +1,24 @@
-"""Where arrays live: a mesh of data, fsdp and tensor axes, and one table of rules."""
+"""Where arrays live: a mesh of slice, data, fsdp and tensor axes, and one table of rules."""
 
 import math
 
 import jax
+import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Int, PyTree
 
 from lasad_jax.config import MeshConfig
 
-AXES = ("data", "fsdp", "tensor")
+# From the slowest network to the fastest.
+AXES = ("slice", "data", "fsdp", "tensor")
+BATCH_AXES = AXES[:3]
 
-# Logical axis of a parameter or activation -> mesh axes it is split over.
+# Logical axis of a parameter or activation -> mesh axes it is split over. Nothing but the batch
+# is split over slices: all that passes between them is the sum of gradients, once a step.
 RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", BATCH_AXES),
     ("embed", "fsdp"),
     ("vocab", "tensor"),
     ("mlp", "tensor"),
@@ -30,25 +35,61 @@ RULES = (
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices with the sizes of `config`, -1 filled in.
 
+    Within a slice, neighbours on the mesh are neighbours on a TPU's network.
+
     Raises:
-      ValueError: if the sizes do not multiply to the number of devices.
+      ValueError: if the sizes do not multiply to the number of devices, or a slice of the mesh
+        would reach over several of a TPU.
     """
     devices = jax.devices() if devices is None else devices
+    units = [_unit(device) for device in devices]
+    num_slices = len(set(units)) if config.slice == -1 else config.slice
     sizes = [config.data, config.fsdp, config.tensor]
-    known = math.prod(size for size in sizes if size != -1)
+    known = num_slices * math.prod(size for size in sizes if size != -1)
     sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    if math.prod(sizes) != len(devices):
+    if num_slices * math.prod(sizes) != len(devices):
         raise ValueError(
-            f"mesh: (data, fsdp, tensor) = {tuple(sizes)} does not multiply to the "
-            f"{len(devices)} devices there are; set one of them to -1"
+            f"mesh: (data, fsdp, tensor, slice) = {(*sizes, num_slices)} does not multiply to "
+            f"the {len(devices)} devices there are; set data, fsdp or tensor to -1"
         )
-    # Explicit axes, make_mesh's default, do not go together with Linen's logical axes.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if num_slices % len(set(units)) and devices[0].platform == "tpu":
+        raise ValueError(
+            f"mesh.slice: {num_slices} must be a multiple of {len(set(units))}, the slices that "
+            "the devices lie in; set it to -1"
+        )
+    in_order = [devices[i] for i in np.argsort(units, kind="stable")]
+    size = len(devices) // num_slices
+    slices = [
+        mesh_utils.create_device_mesh(
+            sizes, in_order[start : start + size], allow_split_physical_axes=True
+        )
+        for start in range(0, len(devices), size)
+    ]
+    # Explicit axes do not go together with Linen's logical axes.
+    return Mesh(np.stack(slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _unit(device: jax.Device) -> int:
+    """Which group of devices with a fast network among them a device belongs to."""
+    # Hosts of GPUs have a number too, whatever the processes on each. CPUs have that of their
+    # host: processes that share one stand for hosts.
+    number = None if device.platform == "cpu" else getattr(device, "slice_index", None)
+    return device.process_index if number is None else number
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows split over the data and fsdp axes."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    """Rows split over all axes but tensor's."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def local_rows(batch_size: int, mesh: Mesh) -> Int[np.ndarray, " b"]:
+    """Rows of a global batch that this process's devices hold, in order.
+
+    Processes may hold the same ones, where the tensor axis reaches over several, and need not
+    hold consecutive ones: a TPU's mesh follows its network.
+    """
+    parts = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    return np.unique([np.arange(batch_size)[part] for part in parts])
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -77,7 +118,7 @@ def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """Device arrays of the global batch from each process's own rows."""
+    """Device arrays of the global batch from each process's `local_rows` of it."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()
@@ -86,9 +127,9 @@ def put_batch(batch: dict, mesh: Mesh) -> dict:
 
 def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Refuses a batch that the mesh cannot split evenly."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"] * accumulate
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulate
     if batch_size % parts:
         raise ValueError(
             f"config.batch_size: {batch_size} must be a multiple of {parts} "
-            f"(data x fsdp devices x optimizer.accumulate)"
+            f"(slice x data x fsdp devices x optimizer.accumulate)"
         )

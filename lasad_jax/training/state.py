@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, PyTree
 
 from lasad_jax.config import Config, OptimizerConfig, RunConfig
 from lasad_jax.models.generator import init_parameters
+from lasad_jax.training.guard import Guard, new_guard
 from lasad_jax.training.sharding import tree_shardings
 
 
@@ -23,12 +24,14 @@ class TrainState:
     params: parameters.
     opt_state: optax's state.
     ema: running average of the parameters; None without one.
+    guard: against loss spikes.
     """
 
     step: Int[Array, ""]
     params: PyTree
     opt_state: PyTree
     ema: PyTree | None
+    guard: Guard
 
     @property
     def best_params(self) -> PyTree:
@@ -120,6 +123,7 @@ def _new_state(config: Config, params: PyTree) -> TrainState:
         params=params,
         opt_state=make_optimizer(config).init(params),
         ema=params if config.optimizer.ema_decay else None,
+        guard=new_guard(),
     )
 
 

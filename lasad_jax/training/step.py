@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from lasad_jax.config import Config
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.generator import LASADGen
+from lasad_jax.training import guard
 from lasad_jax.training.cross_entropy import mean_loss, token_losses
 from lasad_jax.training.state import TrainState, learning_rate, make_optimizer, update_average
 
@@ -22,7 +23,8 @@ def make_train_step(
     """A function (state, batch) -> (state, metrics); jit it with the state donated.
 
     The batch holds "tokens" (B, R * C) and "labels" (B,). Metrics are the mean loss in
-    nats per token, the gradient's global norm before clipping, and the learning rate.
+    nats per token, the gradient's global norm before clipping, the learning rate, and what
+    the guard against spikes tells.
     """
     model = LASADGen(config.model, train=True)
     optimizer = make_optimizer(config)
@@ -63,12 +65,17 @@ def make_train_step(
         ema = state.ema
         if ema is not None:
             ema = update_average(ema, params, state.step, ema_decay)
+        norm = optax.tree.norm(gradient)
+        take, after = guard.judge(state.guard, value, norm, config.optimizer.spike_factor)
+        kept = guard.choose(
+            take, (params, opt_state, ema), (state.params, state.opt_state, state.ema)
+        )
         metrics = {
             "loss": value,
-            "grad_norm": optax.tree.norm(gradient),
+            "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return TrainState(state.step + 1, *kept, after), metrics | guard.metrics(after)
 
     return train_step
 

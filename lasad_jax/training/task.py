@@ -23,12 +23,16 @@ class Task(Protocol):
       curves: metric -> its legend in the picture of losses.
       unit: of those curves.
       measure_every: steps between measurements of what it draws; 0 for never.
+      tokens_per_image: that a generator reads; 0 for none.
+      flops_per_image: of a training step; None where they are not counted.
     """
 
     objective: str
     curves: dict[str, str]
     unit: str
     measure_every: int
+    tokens_per_image: int
+    flops_per_image: int | None
 
     def check(self, workdir: Path) -> None:
         """Refuses to go on with a run that was made with other data."""
@@ -45,10 +49,14 @@ class Task(Protocol):
     def init_state(self) -> PyTree:
         """The state before the first step."""
 
+    def compile(self, state: PyTree, batch: PyTree) -> None:
+        """Compiles `train_step` for such a state and batch, and leaves both as they are."""
+
     def train_step(self, state: PyTree, batch: PyTree) -> tuple[PyTree, Metrics]:
         """Takes one optimizer step, jitted; the old state is donated.
 
-        Metrics are scalars; among them "loss", "grad_norm" and "learning_rate".
+        Metrics are scalars; among them "loss", "grad_norm", "learning_rate" and those of
+        `guard.metrics`.
         """
 
     def train_batches(self, start_step: int) -> Iterator[Batch]:

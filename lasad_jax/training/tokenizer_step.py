@@ -16,6 +16,9 @@ from lasad_jax.models.lpips import lpips
 from lasad_jax.models.tokenizer import VQTokenizer, init_tokenizer
 from lasad_jax.models.tokenizer_config import TokenizerConfig
 from lasad_jax.training import tokenizer_losses as losses
+from lasad_jax.training.guard import Guard, choose, new_guard
+from lasad_jax.training.guard import judge as judge_update
+from lasad_jax.training.guard import metrics as guard_metrics
 from lasad_jax.training.state import learning_rate, make_optimizer, update_average
 
 Batch = dict[str, Array]
@@ -31,6 +34,7 @@ class TokenizerState:
     discriminator: its parameters; None without one.
     discriminator_opt_state: optax's state for them.
     usage: how often each code was used since dead ones were last revived.
+    guard: against loss spikes.
     """
 
     step: Int[Array, ""]
@@ -40,6 +44,7 @@ class TokenizerState:
     discriminator: PyTree | None
     discriminator_opt_state: PyTree | None
     usage: Int[Array, " V"]
+    guard: Guard
 
     @property
     def best_params(self) -> PyTree:
@@ -66,6 +71,7 @@ def new_state(config: TokenizerRunConfig) -> TokenizerState:
         discriminator=discriminator,
         discriminator_opt_state=discriminator_opt_state,
         usage=jnp.zeros((config.model.codebook_size,), jnp.int32),
+        guard=new_guard(),
     )
 
 
@@ -135,7 +141,8 @@ def make_tokenizer_step(
 
         value, gradient = jax.value_and_grad(loss)(params)
         updates, opt_state = optimizer.update(gradient, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
+        finite = jnp.isfinite(optax.tree.norm(gradient))
+        return optax.apply_updates(params, updates), opt_state, jnp.where(finite, value, jnp.nan)
 
     def train_step(state: TokenizerState, batch: Batch, vgg: PyTree | None = None):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -158,20 +165,33 @@ def make_tokenizer_step(
                 *(judge_params, judge_opt_state, images, out.images),
             )
 
+        # Both steps are taken or neither, as each is against the other.
+        norm = optax.tree.norm(gradient)
+        finite = metrics["loss"] + metrics.get("discriminator_loss", 0.0)
+        take, after = judge_update(state.guard, finite, norm, config.optimizer.spike_factor)
+        params, opt_state, ema, judge_params, judge_opt_state = choose(
+            take,
+            (params, opt_state, ema, judge_params, judge_opt_state),
+            (
+                *(state.params, state.opt_state, state.ema),
+                *(state.discriminator, state.discriminator_opt_state),
+            ),
+        )
+
         usage = state.usage + count_codes(out.codes, config.model.codebook_size)
         metrics["codes_in_use"] = jnp.mean(usage > 0)
         if weights.revive_every:
-            due = (state.step + 1) % weights.revive_every == 0
+            due = take & ((state.step + 1) % weights.revive_every == 0)
             params, ema, usage = jax.lax.cond(
                 due, _revive, lambda *unchanged: unchanged[:3], params, ema, usage, out.z, key
             )
         metrics |= {
-            "grad_norm": optax.tree.norm(gradient),
+            "grad_norm": norm,
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
         return TokenizerState(
-            state.step + 1, params, opt_state, ema, judge_params, judge_opt_state, usage
-        ), metrics
+            state.step + 1, params, opt_state, ema, judge_params, judge_opt_state, usage, after
+        ), metrics | guard_metrics(after)
 
     return train_step
 

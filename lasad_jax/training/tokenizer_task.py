@@ -40,6 +40,8 @@ class TokenizerTask:
     curves = {"reconstruction": "training", "held_out_reconstruction": "held out"}  # noqa: RUF012
     unit = "reconstruction loss"
     measure_every = 0  # `evaluate` measures all that there is
+    tokens_per_image = 0
+    flops_per_image = None
 
     def __init__(self, config: TokenizerRunConfig, mesh: Mesh):
         self.config, self._mesh = config, mesh
@@ -84,6 +86,10 @@ class TokenizerTask:
         """The state before the first step."""
         return create(lambda: new_state(self.config), self._mesh)
 
+    def compile(self, state: TokenizerState, batch: PyTree) -> None:
+        """Compiles `train_step`, whose own call then finds it done."""
+        self._train_step.lower(state, batch, self._vgg).compile()
+
     def train_step(self, state: TokenizerState, batch: PyTree) -> tuple[TokenizerState, Metrics]:
         """Takes one step of tokenizer and discriminator; the old state is donated."""
         return self._train_step(state, batch, self._vgg)
@@ -95,8 +101,7 @@ class TokenizerTask:
             batch_size=self.config.batch_size,
             seed=self.config.seed,
             start_step=start_step,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.config.batch_size, self._mesh),
             num_threads=self._training.num_threads,
         )
 
@@ -105,8 +110,7 @@ class TokenizerTask:
         batches = held_out_batches(
             self._held_out,
             batch_size=self.config.batch_size,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=sharding.local_rows(self.config.batch_size, self._mesh),
         )
         parts = [
             self._eval_step(state.best_params, sharding.put_batch(batch, self._mesh), self._vgg)

@@ -169,7 +169,8 @@ def _plain(x, kernel, columns, num_prefix):
         back = max(0, -down * columns - right)
         shifted = jnp.pad(wide_x, [(0, 0), (back, 0), (0, 0)])[:, :num_tokens]
         exists = neighbour(tokens, tap, columns, num_prefix)[1]
-        y += shifted * jnp.where(exists[:, None], kernel[tap], 0.0)
+        # The tokens masked, not the weights: on a mesh, a weight for every token would be sent.
+        y += jnp.where(exists[:, None], shifted, 0.0) * kernel[tap]
     return y.astype(x.dtype)
 
 

@@ -6,12 +6,12 @@ import jax
 
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.generator import abstract_parameters
-from lasad_jax.training.state import unbox
 
 
 def _sizes(config: ModelConfig) -> dict[str, int]:
-    leaves = jax.tree_util.tree_leaves_with_path(unbox(abstract_parameters(config)))
-    key = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    # Parameters in their boxes: the last part of a path is the box's "value".
+    leaves = jax.tree_util.tree_leaves_with_path(abstract_parameters(config))
+    key = lambda path: jax.tree_util.keystr(path[:-1], simple=True, separator="/")
     return {key(path): leaf.size for path, leaf in leaves}
 
 
@@ -52,6 +52,11 @@ def attention_flops(config: ModelConfig, tokens: int) -> int:
         else 2 * config.query_dim * config.value_dim
     )
     return 6 * config.num_layers * config.num_heads * reach * tokens
+
+
+def step_flops(config: ModelConfig, tokens: int) -> int:
+    """FLOPs of a training step over so many tokens: both of the above."""
+    return product_flops(config, tokens) + attention_flops(config, tokens)
 
 
 def read_per_token(config: ModelConfig, rows: int) -> dict[str, int]:

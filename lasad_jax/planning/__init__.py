@@ -1,0 +1,1 @@
+"""What a training step needs, known before a machine is paid for."""
