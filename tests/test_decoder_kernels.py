@@ -9,8 +9,8 @@ from test_models import tiny_model
 
 from lasad_jax.models import decoder
 from lasad_jax.models.layers import NORM_EPSILON
-from lasad_jax.ops.passes.local_conv import TAPS, num_recent
 from lasad_jax.ops.kernels import decode_triton
+from lasad_jax.ops.passes.local_conv import TAPS, num_recent
 from lasad_jax.ops.ring import NUM_RECENT, ROWS, Ring
 
 CASES = [
