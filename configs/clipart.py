@@ -3,8 +3,8 @@
     python -m lasad_jax.tokenize --tokenizer=runs/clipart_tokenizer --out=data/clipart
     python -m lasad_jax.train --config=configs/clipart.py --workdir=runs/clipart
 
-Expect 3.47 held-out bits per code at step 2500, after which it overfits, in 1.5 minutes on an
-H100.
+Expect 3.15 held-out bits per code at step 2000, after which it overfits, in 1.5 minutes on an
+H100; the softmax baseline at equal size, --config.model.mixer=softmax, gets 3.23.
 """
 
 import ml_collections
@@ -26,7 +26,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.update(source="codes", directory="data/clipart")
     config.model.update(vocab_size=1024, num_classes=22, grid=(16, 16), **SIZES["small"])
     config.optimizer.update(
-        learning_rate=1e-3, schedule="cosine", warmup_steps=200, ema_decay=0.999
+        learning_rate=4e-3, schedule="cosine", warmup_steps=200, ema_decay=0.999
     )
     config.sampling.guidance = 2.0
     return config

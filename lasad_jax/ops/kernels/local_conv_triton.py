@@ -57,7 +57,8 @@ def forward(
     Returns:
       y in x's dtype.
     """
-    tiling = tiling or _tiling(x)
+    # 16 bytes of a token for each thread.
+    tiling = tiling or _tiling(x, 16 // x.dtype.itemsize)
     image, taps, _ = _specs(x, tiling)
     this = functools.partial(_Program.this, x, columns, num_prefix, tiling, interpret)
     return pl.pallas_call(
@@ -92,7 +93,8 @@ def backward(
     Returns:
       d_x in x's dtype; in float32 the parts of the kernel's gradient, for the caller to add.
     """
-    tiling = tiling or _tiling(x)
+    # A thread has the sums of all taps in registers, of no more than four channels.
+    tiling = tiling or _tiling(x, 4)
     image, taps, part = _specs(x, tiling)
     this = functools.partial(_Program.this, x, columns, num_prefix, tiling, interpret)
     parts = (x.shape[0], tiling.segments, *kernel.shape)
@@ -111,14 +113,14 @@ def backward(
     )(d_y, x, kernel)
 
 
-def _tiling(x: Float[Array, "B N D"]) -> Tiling:
-    """16 bytes of a token for each thread."""
+def _tiling(x: Float[Array, "B N D"], per_thread: int) -> Tiling:
+    """With so many channels of a token for each thread."""
     channels = 64
     while channels > 16 and x.shape[-1] % channels:
         channels //= 2
     if x.shape[-1] % channels:
         channels = min(64, pl.next_power_of_2(x.shape[-1]))
-    num_warps, per_thread = 4, 16 // x.dtype.itemsize
+    num_warps = 4
     return Tiling(num_warps * 32 * per_thread // channels, channels, num_warps=num_warps)
 
 
