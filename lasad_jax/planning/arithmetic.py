@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jaxtyping import PyTree
 
-from lasad_jax.benchmarks.counts import attention_flops, product_flops
 from lasad_jax.config import Config, MeshConfig
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.counts import attention_flops, product_flops
 from lasad_jax.models.generator import LASADGen, abstract_parameters
 from lasad_jax.planning.collectives import Collective, collective
 from lasad_jax.planning.compiling import Memory, Step, batch_parts

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
 
-from lasad_jax.benchmarks.counts import attention_flops
 from lasad_jax.config import Config
+from lasad_jax.models.counts import attention_flops
 from lasad_jax.planning import costs
 from lasad_jax.planning.collectives import Collective, count_collectives
 from lasad_jax.planning.hlo import Program
