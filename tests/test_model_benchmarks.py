@@ -16,7 +16,6 @@ from PIL import Image
 
 from lasad_jax.benchmarks import (
     agreement,
-    counts,
     decoding,
     generators,
     limits,
@@ -29,7 +28,7 @@ from lasad_jax.benchmarks import (
     training,
 )
 from lasad_jax.benchmarks.generators import GeneratorCase
-from lasad_jax.models import SIZES, count_parameters, decoder
+from lasad_jax.models import SIZES, count_parameters, counts, decoder
 
 NANO = {"num_layers": 1, "width": 32, "num_heads": 2}
 FEW = ["--vocab=64", "--repeats=2", "--copy_megabytes=1"]

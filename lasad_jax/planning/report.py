@@ -9,10 +9,10 @@ _MS = digits(1e3)
 def describe(row: dict) -> str:
     """A plan's row in full."""
     chip, step = row["chip"], row["step"]
-    axes = ", ".join(f"{axis} {size}" for axis, size in row["mesh"].items())
+    axes = [f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1]
     lines = [
         f"{row['parameters'] / 1e6:.0f}M parameters on {row['topology']}: {row['devices']} x "
-        f"{chip['kind']}, mesh {axes}",
+        f"{chip['kind']}, mesh {', '.join(axes) or 1}",
         f"{row['batch']} images per device, {row['batch_size']} per step; {_how(row)}",
         "",
     ]
