@@ -131,6 +131,8 @@ END = {"add_norm_forward": 1, "add_norm_backward": 1, "row_losses": 1}
 def test_the_train_step_lowers_with_kernels(kind, platform, decay, target, sizes, unroll):
     """Layers under remat, as a loop or one by one; on a mesh under shard_map."""
     model = {**SIZES["B"], "num_layers": 3, "decay": decay, "selective": decay == "raster"}
+    if target == "mosaic_gpu_v2":
+        model["key_dim"] = 64  # the only one that it takes
     config = Config(model=ModelConfig(**model, unroll=unroll))
     state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:1]))
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)

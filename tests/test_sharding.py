@@ -24,7 +24,7 @@ from lasad_jax.training.step import make_train_step
 # data, fsdp, tensor, and slices where there are several.
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
 # Less to compile.
-PLAIN = {"selective": False, "local_conv": False, "rope": False, "dropout": 0.0, "remat": "none"}
+PLAIN = {"selective": False, "local_conv": "off", "rope": False, "dropout": 0.0, "remat": "none"}
 MIXERS = {
     "raster": {"decay": "raster"},
     "none": {"decay": "none"} | PLAIN,
