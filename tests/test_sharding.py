@@ -214,6 +214,12 @@ def test_a_slice_of_the_mesh_may_not_reach_over_several_of_a_tpu():
         sharding.make_mesh(MeshConfig(slice=2), devices)
 
 
+def test_tpus_that_know_of_no_slices_are_one():
+    devices = [Device(id=i, process_index=i // 4, platform="tpu") for i in range(8)]
+    mesh = sharding.make_mesh(MeshConfig(slice=-1, fsdp=8), devices)
+    assert dict(mesh.shape) == {"slice": 1, "data": 1, "fsdp": 8, "tensor": 1}
+
+
 # What is refused
 
 

@@ -72,9 +72,11 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
 def _unit(device: jax.Device) -> int:
     """Which group of devices with a fast network among them a device belongs to."""
     # Hosts of GPUs have a number too, whatever the processes on each. CPUs have that of their
-    # host: processes that share one stand for hosts.
+    # host: processes that share one stand for hosts. TPUs without a number are of one slice.
     number = None if device.platform == "cpu" else getattr(device, "slice_index", None)
-    return device.process_index if number is None else number
+    if number is None:
+        return 0 if device.platform == "tpu" else device.process_index
+    return number
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
