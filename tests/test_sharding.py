@@ -214,8 +214,18 @@ def test_a_slice_of_the_mesh_may_not_reach_over_several_of_a_tpu():
         sharding.make_mesh(MeshConfig(slice=2), devices)
 
 
+@dataclasses.dataclass(frozen=True)
+class TPU(Device):
+    platform: str = "tpu"
+    core_on_chip: int = 0
+
+    @property
+    def coords(self):
+        return (self.id % 2, self.id // 2, 0)
+
+
 def test_tpus_that_know_of_no_slices_are_one():
-    devices = [Device(id=i, process_index=i // 4, platform="tpu") for i in range(8)]
+    devices = [TPU(id=i, process_index=i // 4) for i in range(8)]
     mesh = sharding.make_mesh(MeshConfig(slice=-1, fsdp=8), devices)
     assert dict(mesh.shape) == {"slice": 1, "data": 1, "fsdp": 8, "tensor": 1}
 
