@@ -74,11 +74,11 @@ def test_bytes_of_a_token_are_those_of_the_arrays(decay):
     read = counts.read_per_token(config, rows=6)
     embeddings = (50 + 8) * 32
     assert read["parameters"] == 2 * (count_parameters(config) - embeddings + 6 * 32)
-    assert read["state"] == 2 * init_cache(config, 6).state.memory.size
+    assert read["state"] == 2 * init_cache(config, 6).mixer.memory.size
 
     softmax = ModelConfig(grid=(3, 5), mixer="softmax", **sizes)
     empty = init_cache(softmax, 6)
-    per_token = 2 * (empty.k.size + empty.v.size) // (1 + 15)
+    per_token = 2 * (empty.mixer.k.size + empty.mixer.v.size) // (1 + 15)
     # The first step reads the class and a code, the last one all but the last code.
     steps = range(2, 15 + 1)
     average = per_token * sum(steps) / len(steps)
