@@ -22,7 +22,6 @@ from lasad_jax.planning.compiling import (
     Memory,
     OutOfMemoryError,
     Step,
-    batch_parts,
     compile_step,
     needed_memory,
 )
@@ -32,6 +31,7 @@ from lasad_jax.planning.report import TABLE, describe
 from lasad_jax.planning.sizes import MACHINES, TABLE_SIZES, table_runs
 from lasad_jax.planning.topologies import Topology, find_topology
 from lasad_jax.training import sharding
+from lasad_jax.training.sharding import batch_parts
 from lasad_jax.training.state import abstract_state
 
 # Machines

@@ -13,7 +13,7 @@ from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.counts import attention_flops, product_flops
 from lasad_jax.models.generator import LASADGen, abstract_parameters
 from lasad_jax.planning.collectives import Collective, collective
-from lasad_jax.planning.compiling import Memory, Step, batch_parts
+from lasad_jax.planning.compiling import Memory, Step
 from lasad_jax.planning.topologies import Topology
 from lasad_jax.training import sharding
 from lasad_jax.training.cross_entropy import mean_loss
@@ -37,7 +37,7 @@ def estimate_step(config: Config, topology: Topology) -> Step:
     """
     mesh = mesh_of(config.mesh, topology)
     sharding.check_batch_size(config.batch_size, config.optimizer.accumulate, mesh)
-    model, images = config.model, config.batch_size // batch_parts(mesh)
+    model, images = config.model, config.batch_size // sharding.batch_parts(mesh)
     state = abstract_state(config, mesh)
     at_once = images // config.optimizer.accumulate
     logits = min(at_once * model.num_tokens * model.vocab_size, _LOGITS)
@@ -60,18 +60,9 @@ def estimate_step(config: Config, topology: Topology) -> Step:
 
 
 def mesh_of(config: MeshConfig, topology: Topology) -> AbstractMesh:
-    sizes = {axis: getattr(config, axis) for axis in sharding.AXES}
-    known = math.prod(size for size in sizes.values() if size != -1)
-    count = topology.num_devices
-    sizes = {axis: count // known if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != count:
-        raise ValueError(
-            f"mesh: {tuple(sizes)} = {tuple(sizes.values())} does not multiply to the {count} "
-            f"devices of {topology.name}; set one of them to -1"
-        )
-    return AbstractMesh(
-        tuple(sizes.values()), sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes)
-    )
+    """The run's mesh of a machine, which is one slice."""
+    sizes = sharding.axis_sizes(config, topology.num_devices, 1, f"of {topology.name}")
+    return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _bytes_per_device(tree: PyTree) -> int:

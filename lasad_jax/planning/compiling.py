@@ -76,15 +76,6 @@ class OutOfMemoryError(Exception):
         self.needed = needed
 
 
-def batch_parts(mesh: Mesh) -> int:
-    """How many devices, or groups of them, have images of their own."""
-    (axes,) = sharding.batch_sharding(mesh).spec
-    count = 1
-    for name in (axes,) if isinstance(axes, str) else axes:
-        count *= mesh.shape[name]
-    return count
-
-
 def compile_step(config: Config, devices: Sequence[jax.Device]) -> Step:
     """Compiles the step of a run on these devices, on the run's mesh.
 
@@ -107,7 +98,7 @@ def compile_step(config: Config, devices: Sequence[jax.Device]) -> Step:
         tokens = config.batch_size * config.model.num_tokens
         flops += attention_flops(config.model, tokens) / mesh.size
     return Step(
-        batch=config.batch_size // batch_parts(mesh),
+        batch=config.batch_size // sharding.batch_parts(mesh),
         memory=Memory(
             arguments=sizes.argument_size_in_bytes,
             outputs=max(0, sizes.output_size_in_bytes - sizes.alias_size_in_bytes),

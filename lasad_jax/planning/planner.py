@@ -10,9 +10,10 @@ from lasad_jax.config import Config, RunConfig
 from lasad_jax.models import count_parameters
 from lasad_jax.planning.arithmetic import estimate_step, mesh_of
 from lasad_jax.planning.chips import usable_memory
-from lasad_jax.planning.compiling import OutOfMemoryError, Step, batch_parts, compile_step
+from lasad_jax.planning.compiling import OutOfMemoryError, Step, compile_step
 from lasad_jax.planning.plans import Largest, bottleneck, find_largest, fits, least_seconds
 from lasad_jax.planning.topologies import Topology, can_compile
+from lasad_jax.training.sharding import batch_parts
 
 
 @dataclasses.dataclass(frozen=True)

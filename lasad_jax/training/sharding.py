@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
 from lasad_jax.config import MeshConfig
@@ -43,15 +43,7 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     """
     devices = jax.devices() if devices is None else devices
     units = [_unit(device) for device in devices]
-    num_slices = len(set(units)) if config.slice == -1 else config.slice
-    sizes = [config.data, config.fsdp, config.tensor]
-    known = num_slices * math.prod(size for size in sizes if size != -1)
-    sizes = [len(devices) // known if size == -1 else size for size in sizes]
-    if num_slices * math.prod(sizes) != len(devices):
-        raise ValueError(
-            f"mesh: (data, fsdp, tensor, slice) = {(*sizes, num_slices)} does not multiply to "
-            f"the {len(devices)} devices there are; set data, fsdp or tensor to -1"
-        )
+    num_slices, *sizes = axis_sizes(config, len(devices), len(set(units)))
     if num_slices % len(set(units)) and devices[0].platform == "tpu":
         raise ValueError(
             f"mesh.slice: {num_slices} must be a multiple of {len(set(units))}, the slices that "
@@ -67,6 +59,32 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     ]
     # Explicit axes do not go together with Linen's logical axes.
     return Mesh(np.stack(slices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def axis_sizes(
+    config: MeshConfig, num_devices: int, num_slices: int, where: str = "there are"
+) -> tuple[int, ...]:
+    """Devices along each of `AXES`, -1 filled in.
+
+    Args:
+      config: the sizes asked for.
+      num_devices: of all.
+      num_slices: that they lie in.
+      where: words after "the 8 devices" in the error.
+
+    Raises:
+      ValueError: if the sizes do not multiply to the number of devices.
+    """
+    slices = num_slices if config.slice == -1 else config.slice
+    sizes = [config.data, config.fsdp, config.tensor]
+    known = slices * math.prod(size for size in sizes if size != -1)
+    sizes = [num_devices // known if size == -1 else size for size in sizes]
+    if slices * math.prod(sizes) != num_devices:
+        raise ValueError(
+            f"mesh: (data, fsdp, tensor, slice) = {(*sizes, slices)} does not multiply to "
+            f"the {num_devices} devices {where}; set data, fsdp or tensor to -1"
+        )
+    return slices, *sizes
 
 
 def _unit(device: jax.Device) -> int:
@@ -127,9 +145,14 @@ def put_batch(batch: dict, mesh: Mesh) -> dict:
     }
 
 
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
+    """How many devices, or groups of them, have images of their own."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
 def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh) -> None:
     """Refuses a batch that the mesh cannot split evenly."""
-    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulate
+    parts = batch_parts(mesh) * accumulate
     if batch_size % parts:
         raise ValueError(
             f"config.batch_size: {batch_size} must be a multiple of {parts} "
