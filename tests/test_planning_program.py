@@ -186,6 +186,39 @@ ENTRY %main (x: f32[8,16]) -> f32[8,16] {
     assert costs.custom_calls(found) == {"AllocateBuffer"}
 
 
+@pytest.mark.parametrize(("first", "limit", "step"), [(0, 16, 2), (3, 17, 5), (1, 4, 1)])
+def test_loops_turn_as_their_index_says(first, limit, step):
+    """The way TPU's compiler writes the loop of a product whose pieces are passed around."""
+    text = f"""HloModule test
+
+%cond (p: (s32[4], u32[])) -> pred[] {{
+  %p = (s32[4]{{0}}, u32[]{{:T(128)}}) parameter(0)
+  %n = u32[] constant({limit})
+  %i = u32[]{{:T(128)}} get-tuple-element(%p), index=1
+  ROOT %lt = pred[] compare(%i, %n), direction=LT
+}}
+
+%body (p: (s32[4], u32[])) -> (s32[4], u32[]) {{
+  %p = (s32[4]{{0}}, u32[]{{:T(128)}}) parameter(0)
+  %x = s32[4]{{0}} get-tuple-element(%p), index=0
+  %i = u32[] get-tuple-element(%p), index=1
+  %copied = u32[] copy(%i)
+  %by = u32[] constant({step})
+  %next = u32[] add(%copied, %by)
+  ROOT %t = (s32[4]{{0}}, u32[]) tuple(%x, %next)
+}}
+
+ENTRY %main (x: s32[4]) -> (s32[4], u32[]) {{
+  %x = s32[4]{{0}} parameter(0)
+  %first = u32[] constant({first})
+  %start = u32[] copy(%first)
+  %t = (s32[4]{{0}}, u32[]) tuple(%x, %start)
+  ROOT %loop = (s32[4]{{0}}, u32[]) while(%t), condition=%cond, body=%body
+}}"""
+    times = {run.instruction.name: run.times for run in Program(text).runs()}
+    assert times["next"] == len(range(first, limit, step))
+
+
 def test_other_text_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         Program("module @jit_step {}")

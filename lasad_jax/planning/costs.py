@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterator
 
-from lasad_jax.planning.hlo import Array, Computation, Instruction, Program, Run
+from lasad_jax.planning.hlo import Array, Computation, Instruction, Program, Run, root_of
 
 # Names for what is there already.
 _FREE = (
@@ -174,7 +174,7 @@ def _written(x: Instruction, computation: Computation, program: Program) -> int:
     if x.opcode not in _FUSIONS:
         return _main(x.arrays)
     inner = program.computations[x.called[0]]
-    root = next(y for y in inner.values() if y.root)
+    root = root_of(inner)
     parts = [inner[name] for name in root.operands] if root.opcode == "tuple" else [root]
     # One that goes on beside the rest lists its operands first.
     results = x.arrays[-1 - len(parts) : -1] if x.opcode == "fusion-start" else x.arrays
@@ -195,5 +195,5 @@ def _written_within(part: Instruction, inner: Computation, program: Program) -> 
         return inner[part.operands[1]].bytes
     if part.opcode == "fusion" and len(part.arrays) == 1:
         body = program.computations[part.called[0]]
-        return _written_within(next(y for y in body.values() if y.root), body, program)
+        return _written_within(root_of(body), body, program)
     return part.bytes

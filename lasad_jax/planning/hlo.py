@@ -135,24 +135,58 @@ class Program:
             computation = self.computations[name]
             for instruction in computation.values():
                 yield Run(instruction, computation, name, times, fused)
-                turns = self.turns(instruction) if instruction.opcode == "while" else 1
+                turns = self.turns(instruction, computation) if instruction.opcode == "while" else 1
                 # What a reduction applies to each pair of elements is no step of the program.
                 inner = instruction.opcode in ("while", "call", "conditional", "async-start")
                 if inner or instruction.opcode in ("fusion", "fusion-start"):
                     for called in instruction.called:
                         waiting.append((called, times * turns, fused or not inner))
 
-    def turns(self, loop: Instruction) -> int:
-        """How often a loop is run: as XLA knows, or by the constant that its index is compared
-        with; one where neither says."""
+    def turns(self, loop: Instruction, around: Computation) -> int:
+        """How often a loop of `around` is run: as XLA knows, or by the constants between which its
+        index goes and that are added to it; one where neither says.
+
+        TPU's compiler works off a product with a gathered operand piece by piece, several pieces
+        in each turn.
+        """
         if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text):
             return int(known.group(1))
-        condition = re.search(r"condition=%?([\w.-]+)", loop.text).group(1)
-        computation = self.computations[condition]
-        root = next(x for x in computation.values() if x.root)
-        literals = [computation[name].literal for name in root.operands if name in computation]
-        numbers = [int(literal) for literal in literals if re.fullmatch(r"\d+", literal)]
-        return numbers[0] if len(numbers) == 1 and "direction=LT" in root.text else 1
+        condition, body = (
+            self.computations[re.search(rf"\b{part}=%?([\w.-]+)", loop.text).group(1)]
+            for part in ("condition", "body")
+        )
+        compared = root_of(condition)
+        read = [condition[name] for name in compared.operands if name in condition]
+        limits = [limit for x in read if (limit := _constant(x, condition)) is not None]
+        places = [x.number("index") for x in read if x.opcode == "get-tuple-element"]
+        if len(limits) != 1 or "direction=LT" not in compared.text:
+            return 1
+        start, step = 0, 1
+        if places:
+            first = _element(around[loop.operands[0]], places[0], around)
+            start = _constant(first, around) if first else 0
+            following = _element(root_of(body), places[0], body)
+            if following and following.opcode == "add":
+                added = [_constant(body[name], body) for name in following.operands]
+                step = next((x for x in added if x), 1)
+        return -(-(limits[0] - (start or 0)) // step)
+
+
+def root_of(computation: Computation) -> Instruction:
+    """The instruction whose value is the computation's."""
+    return next(x for x in computation.values() if x.root)
+
+
+def _element(x: Instruction, index: int, computation: Computation) -> Instruction | None:
+    return computation.get(x.operands[index]) if x.opcode == "tuple" else None
+
+
+def _constant(x: Instruction, computation: Computation) -> int | None:
+    """The value of a whole number or of its copy; None of anything else."""
+    while x.opcode == "copy" and x.operands[0] in computation:
+        x = computation[x.operands[0]]
+    known = x.opcode == "constant" and re.fullmatch(r"\d+", x.literal)
+    return int(x.literal) if known else None
 
 
 def _parse(line: str) -> Instruction:
