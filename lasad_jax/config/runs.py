@@ -28,6 +28,8 @@ class RunConfig:
       steps: optimizer steps to train for.
       batch_size: images per step over all devices.
       log_every, eval_every, sample_every, save_every: steps between each; 0 for never.
+      async_save: train on while a checkpoint is being written. Else a kill at any moment loses no
+        more than the steps of one `save_every`; with it, up to those since the checkpoint before.
       keep_last: newest checkpoints to keep, beside the one with the best held-out loss.
       num_samples: images in a picture made during training.
       watchdog: seconds without progress after which a line says which process is where; 0 for
@@ -43,6 +45,7 @@ class RunConfig:
     eval_every: int = 500
     sample_every: int = 500
     save_every: int = 500
+    async_save: bool = True
     keep_last: int = 2
     num_samples: int = 40
     watchdog: int = 600

@@ -193,6 +193,8 @@ class _Run:
         if self._due(self._config.save_every):
             with self._lock, self._goodput.spent("saving"):
                 self._checkpoints.save(self.state, self.step, evaluated)
+                if not self._config.async_save:
+                    self._checkpoints.wait()
 
     def _drain(self) -> dict[str, float]:
         """The row of the steps since the last; a bad step ends the run here.
