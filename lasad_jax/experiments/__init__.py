@@ -1,0 +1,1 @@
+"""The claim that LASAD is as good as softmax, measured: runs by hand, and their tables."""

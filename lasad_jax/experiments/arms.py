@@ -1,0 +1,129 @@
+"""What is compared: tasks, and the mixers and their parts as arms named by what they have."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from lasad_jax.models.config import DECAYS
+
+SOFTMAX = "softmax+rope"
+DEFAULT = "raster+gate+conv+rope"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Attributes:
+    config: file in configs/, without ending.
+    title: for people.
+    overfits: images repeat so often that the best step counts, not the last.
+    """
+
+    config: str
+    title: str
+    overfits: bool = False
+
+
+TASKS = {
+    "fashion": Task("fashion_mnist", "Fashion-MNIST, 28x28 pixels of 32 levels"),
+    "han": Task("han", "Han characters, 24x24 pixels of 8 levels"),
+    "clipart": Task("clipart", "Open Clip Art, 16x16 of 1024 codes", overfits=True),
+}
+
+# The default, the baselines, and everything that is one step from the default; of all those that
+# a decay can be had with, the rest follow.
+BEST = (
+    DEFAULT,
+    SOFTMAX,
+    "softmax+conv+rope",
+    "raster+gate+conv+rope+dk64",
+    "raster+conv+rope",
+    "manhattan+conv+rope",
+    "sequence+gate+conv+rope",
+    "none+conv+rope",
+)
+ARMS = (
+    *BEST,
+    "raster+gate+conv+rope+dk16",
+    "raster+gate+rope",
+    "raster+gate+conv",
+    "sequence+conv+rope",
+    "none+gate+conv+rope",
+    "none+rope",
+    "none",
+    *(
+        f"{decay}{gate}{rest}"
+        for decay, gate in (
+            ("raster", ""),
+            ("sequence", "+gate"),
+            ("sequence", ""),
+            ("manhattan", ""),
+        )
+        for rest in ("+rope", "+conv", "")
+    ),
+    "raster+gate",
+)
+
+
+def overrides(arm: str) -> dict[str, str]:
+    """Fields of `config.model` of an arm.
+
+    Args:
+      arm: a decay family or "softmax", then any of "gate" (content gate), "conv" (convolution
+        before the feed-forward), "rope" (2D rotary embedding), "dkN" (N numbers per key), joined
+        by "+".
+
+    Raises:
+      ValueError: for another word.
+    """
+    mixer, *parts = arm.split("+")
+    if mixer not in (*DECAYS, "softmax"):
+        raise ValueError(f"arms: {arm!r} must begin with one of {(*DECAYS, 'softmax')}")
+    fields = {"mixer": "softmax"} if mixer == "softmax" else {"mixer": "lasad", "decay": mixer}
+    fields |= {"selective": "gate" in parts} if mixer != "softmax" else {}
+    fields |= {"local_conv": "on" if "conv" in parts else "off", "rope": "rope" in parts}
+    for part in set(parts) - {"gate", "conv", "rope"}:
+        if not (part.startswith("dk") and part[2:].isdigit()):
+            raise ValueError(f"arms: {arm!r} has {part!r}, which is none of gate, conv, rope, dkN")
+        fields["key_dim"] = int(part[2:])
+    return {name: str(value) for name, value in fields.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of the comparison.
+
+    Attributes:
+      task: of `TASKS`.
+      arm: as `overrides` reads it.
+      seed: of the run.
+    """
+
+    task: str
+    arm: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder below that of all."""
+        return f"{self.task}/{self.arm}/seed{self.seed}"
+
+    def flags(self) -> list[str]:
+        """For `lasad_jax.train`."""
+        fields = overrides(self.arm)
+        return [f"--config=configs/{TASKS[self.task].config}.py", f"--config.seed={self.seed}"] + [
+            f"--config.model.{name}={value}" for name, value in fields.items()
+        ]
+
+
+def trials(tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> list[Trial]:
+    """All of them, one seed after the other.
+
+    Raises:
+      ValueError: for a task or an arm that there is not.
+    """
+    for task in tasks:
+        if task not in TASKS:
+            raise ValueError(f"tasks: {task!r} is not one of {tuple(TASKS)}")
+    for arm in arms:
+        overrides(arm)
+    return [Trial(task, arm, seed) for seed, arm, task in itertools.product(seeds, arms, tasks)]
