@@ -1,6 +1,7 @@
 """Copies of launch/ to run, with programs that pretend to be clouds or without."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -133,6 +134,11 @@ class FalseTree(Tree):
         calls = file.read_text().split("\x1e")[:-1]
         file.unlink()
         return [call.split("\x1f") for call in calls]
+
+
+def words(*calls: str) -> list[list[str]]:
+    """Calls as `FalseTree.calls` gives them."""
+    return [shlex.split(call) for call in calls]
 
 
 def executable(path: Path, text: str):

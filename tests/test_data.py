@@ -18,6 +18,7 @@ from lasad_jax.data import (
     quantize,
     tokens_to_images,
 )
+from lasad_jax.data.sources.idx import write_idx
 
 # Digits
 
@@ -111,6 +112,25 @@ def test_spoiled_gzip_is_refused(tmp_path, sample, spoil):
 def test_empty_idx_file_is_refused(tmp_path):
     write_pair(tmp_path, idx(np.zeros((0, 3, 5))), idx(np.zeros(0)))
     with pytest.raises(ValueError, match="no images"):
+        load_images(idx_config(tmp_path), "train")
+
+
+def test_written_idx_files_come_back_with_their_names(tmp_path, sample):
+    images, labels = (array.astype(np.uint8) for array in sample)
+    parts = {"train": (images, labels), "test": (images[:2], labels[:2] % 2)}
+    write_idx(tmp_path, parts, ["a", "b b", "ç", "d", "e"])
+    for split, part in parts.items():
+        got = load_images(idx_config(tmp_path), split)
+        np.testing.assert_array_equal(got.images[..., 0], part[0])
+        np.testing.assert_array_equal(got.labels, part[1])
+        assert got.class_names == ("a", "b b", "ç", "d", "e")
+    content = gzip.decompress((tmp_path / "train-images-idx3-ubyte.gz").read_bytes())
+    assert content == idx(images)
+    with pytest.raises(ValueError, match="train labels must be uint8, got int64"):
+        write_idx(tmp_path, {"train": (images, sample[1])}, [])
+    (tmp_path / "class_names.txt").write_text("a\nb\n")
+    assert load_images(idx_config(tmp_path), "test").class_names == ("a", "b")
+    with pytest.raises(ValueError, match=r"class_names\.txt.* names 2 classes.* run to 3"):
         load_images(idx_config(tmp_path), "train")
 
 
