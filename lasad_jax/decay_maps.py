@@ -32,7 +32,7 @@ _WORKDIR = flags.DEFINE_list("workdir", [], "Runs to draw, in place of the decay
 _NUM = flags.DEFINE_integer("num", 64, "Held-out images of a receptive field.", 1)
 _GRID, _QUERY = (16, 16), (10, 7)
 _SMALLEST = 1e-5  # share of a receptive field that still has a colour
-_UNITS = {"row_rate": "rows", "column_rate": "steps within a row", "rate": "tokens"}
+_UNITS = {"row_rate": "rows", "column_rate": "tokens of a row", "rate": "tokens"}
 
 
 def decay_maps() -> dict[str, Float[np.ndarray, "R C"]]:
@@ -74,6 +74,8 @@ def draw_runs(workdirs: list[Path], num: int) -> Figure:
     """
     figure = _figure(1 + 3.6 * len(workdirs), 7)
     panels = figure.subplots(2, len(workdirs), squeeze=False)
+    for axes in panels[1, 1:]:
+        axes.sharey(panels[1, 0])
     for workdir, (above, below) in zip(workdirs, panels.T, strict=True):
         generator = GeneratorRun.open(workdir)
         model, params = generator.config.model, jax.device_get(generator.params)
@@ -85,7 +87,7 @@ def draw_runs(workdirs: list[Path], num: int) -> Figure:
         field = receptive_field(model, params, images["tokens"], images["labels"], centre)
         field = np.where(field > 0, np.maximum(field, _SMALLEST), np.nan)
         image = _draw_grid(above, field, centre, norm=LogNorm(_SMALLEST, 1))
-        above.set(title=f"{workdir.name}: {model.decay if model.mixer == 'lasad' else 'softmax'}")
+        above.set(title=workdir.name)
         _draw_half_lives(below, half_lives(model, params))
     figure.colorbar(image, ax=panels[0], label="share of the gradient", shrink=0.85)
     return figure
@@ -110,7 +112,7 @@ def _draw_half_lives(axes: Axes, found: dict[str, Float[np.ndarray, "layers H"]]
     axes.set(xlabel="layer", ylabel="half-life of a head", yscale="log")
     axes.set_xticks(range(1, len(values) + 1))
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
 
 def _figure(width: float, height: float) -> Figure:
