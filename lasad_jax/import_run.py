@@ -12,12 +12,8 @@ from pathlib import Path
 from absl import flags
 
 from lasad_jax.command import run
-from lasad_jax.config import Config, DataConfig
-from lasad_jax.data.tokens import TOKENIZER_FILE
 from lasad_jax.files import whole_folder
-from lasad_jax.interop.export_folder import read_class_names, read_sampling
-from lasad_jax.interop.generator_files import load_generator
-from lasad_jax.interop.tokenizer_files import fingerprint, load_tokenizer
+from lasad_jax.interop.export_folder import read_export
 from lasad_jax.models.generator import count_parameters
 from lasad_jax.training.new_run import write_run
 
@@ -29,16 +25,10 @@ def import_run(exported: Path, out: Path) -> None:
     """Writes the run that the flags ask for."""
     if out.exists():
         raise FileExistsError(f"out: {out} exists already; remove it or give another folder")
-    model, params = load_generator(exported)
-    sampling, class_names = read_sampling(exported), read_class_names(exported)
-    if (exported / TOKENIZER_FILE).exists():
-        tokenizer = load_tokenizer(exported / TOKENIZER_FILE)
-        data = DataConfig(source="codes", tokenizer=fingerprint(*tokenizer))
-    else:
-        tokenizer, data = None, DataConfig(levels=model.vocab_size)
-    config = Config(model=model, data=data, sampling=sampling)
+    found = read_export(exported)
     with whole_folder(out) as folder:
-        write_run(folder, config, params, tokenizer, class_names)
+        write_run(folder, *found)
+    model = found.config.model
     print(
         f"{out}: {model.num_layers} layers of width {model.width}, "
         f"{count_parameters(model) / 1e6:.1f}M parameters, {model.num_classes} classes, "

@@ -70,6 +70,15 @@ def test_sample_complete_and_evaluate(workdir):
     assert "temperature: nothing is drawn with --samples" in said
 
 
+def test_runs_are_drawn_by_what_they_see(workdir):
+    out = workdir / "maps.png"
+    assert str(out) in run(f"decay_maps --workdir={workdir},{workdir} --num=3 --out={out}")
+    picture = np.asarray(Image.open(out).convert("RGB"))
+    left, right = np.split(picture[:, : picture.shape[1] // 2 * 2], 2, axis=1)
+    marks = lambda half: (half == (214, 39, 40)).all(-1).any()  # the predicted token, in red
+    assert marks(left) and marks(right)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

@@ -4,19 +4,20 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import PyTree
 
-from lasad_jax.config import Config, SamplingConfig
+from lasad_jax.config import Config, DataConfig, SamplingConfig
 from lasad_jax.data.tokens import TOKENIZER_FILE
 from lasad_jax.interop.generator_files import (
     CONFIG_FILE,
     MODEL_TYPE,
     architecture,
+    load_generator,
     save_weights,
 )
-from lasad_jax.interop.tokenizer_files import save_tokenizer
+from lasad_jax.interop.tokenizer_files import fingerprint, load_tokenizer, save_tokenizer
 from lasad_jax.models.tokenizer_config import TokenizerConfig
 
 # Copied as they are: the model in plain PyTorch, and what transformers asks for around it.
@@ -85,13 +86,45 @@ def write_export(folder: Path, export: Export, *, shard_bytes: int) -> None:
         save_tokenizer(folder / TOKENIZER_FILE, *export.tokenizer)
 
 
-def read_sampling(folder: str | Path) -> SamplingConfig:
+class Exported(NamedTuple):
+    """What an exported folder says of the run that it came from.
+
+    Attributes:
+      config: of a run with this model, its kind of data and its way to sample.
+      params: of the generator, float32.
+      tokenizer: as `Export.tokenizer`.
+      class_names: as `Export.class_names`.
+    """
+
+    config: Config
+    params: PyTree
+    tokenizer: tuple[TokenizerConfig, PyTree] | None
+    class_names: tuple[str, ...] | None
+
+
+def read_export(folder: str | Path) -> Exported:
+    """Reads what `python -m lasad_jax.export` wrote.
+
+    Raises:
+      FileNotFoundError, ValueError: a file that is missing, damaged, or no such file.
+    """
+    folder = Path(folder)
+    model, params = load_generator(folder)
+    tokenizer, data = None, DataConfig(levels=model.vocab_size)
+    if (folder / TOKENIZER_FILE).exists():
+        tokenizer = load_tokenizer(folder / TOKENIZER_FILE)
+        data = DataConfig(source="codes", tokenizer=fingerprint(*tokenizer))
+    config = Config(model=model, data=data, sampling=_read_sampling(folder))
+    return Exported(config, params, tokenizer, _read_class_names(folder))
+
+
+def _read_sampling(folder: Path) -> SamplingConfig:
     """How codes are drawn by default from an exported generator.
 
     Raises:
       ValueError: a file that does not say it, or a value that is none.
     """
-    path = Path(folder) / _SAMPLING_FILE
+    path = folder / _SAMPLING_FILE
     if not path.exists():
         return SamplingConfig()
     try:
@@ -103,9 +136,9 @@ def read_sampling(folder: str | Path) -> SamplingConfig:
         raise ValueError(f"generator: {path} says no way to sample ({error})") from error
 
 
-def read_class_names(folder: str | Path) -> tuple[str, ...] | None:
+def _read_class_names(folder: Path) -> tuple[str, ...] | None:
     """The names of an exported generator's classes, of which config.json was read before."""
-    names = json.loads((Path(folder) / CONFIG_FILE).read_text()).get("id2label")
+    names = json.loads((folder / CONFIG_FILE).read_text()).get("id2label")
     return None if names is None else tuple(names[key] for key in sorted(names, key=int))
 
 

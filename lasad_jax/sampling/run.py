@@ -1,4 +1,5 @@
-"""A trained generator at work: its run directory opened once, any number of jobs drawn from it."""
+"""A trained generator at work: its run directory, or what was exported from it, opened once, any
+number of jobs drawn from it."""
 
 import contextlib
 import dataclasses
@@ -14,7 +15,10 @@ from jax.sharding import Mesh
 from jaxtyping import Int, PyTree
 
 from lasad_jax.config import Config, SamplingConfig, load_config
+from lasad_jax.data.pixel_tokens import PixelCodec
 from lasad_jax.data.tokens import Codec, load_class_names, load_run_codec
+from lasad_jax.interop.export_folder import read_export
+from lasad_jax.models.codec import TokenizerCodec
 from lasad_jax.sampling.decode import sample_batches
 from lasad_jax.sampling.job import Job, digest, draw_parts, fingerprint
 from lasad_jax.sampling.pictures import image_grid
@@ -28,7 +32,6 @@ class GeneratorRun:
 
     Attributes:
       config: of the run.
-      workdir: its folder.
       mesh: all devices, which have `params`.
       params: of its generator.
       step: of their checkpoint.
@@ -38,7 +41,6 @@ class GeneratorRun:
     """
 
     config: Config
-    workdir: Path
     mesh: Mesh
     params: PyTree
     step: int
@@ -60,7 +62,23 @@ class GeneratorRun:
         mesh = sharding.make_mesh(config.mesh)
         with _on(mesh):
             params, step = restore_parameters(config, workdir, mesh, step=step, raw=raw)
-        return cls(config, workdir, mesh, params, step, raw, codec, class_names)
+        return cls(config, mesh, params, step, raw, codec, class_names)
+
+    @classmethod
+    def open_export(cls, folder: Path) -> "GeneratorRun":
+        """Opens what `python -m lasad_jax.export` wrote, as the run at step 0 that it can become.
+
+        Raises:
+          FileNotFoundError, ValueError: as `read_export`.
+        """
+        config, params, tokenizer, class_names = read_export(folder)
+        if jax.default_backend() == "cpu":
+            # No slower there than bf16, and images do not depend on the batch size.
+            model = dataclasses.replace(config.model, dtype="float32")
+            config = dataclasses.replace(config, model=model)
+        codec = TokenizerCodec(*tokenizer) if tokenizer else PixelCodec(config.data.levels)
+        mesh = sharding.make_mesh(config.mesh)
+        return cls(config, mesh, params, 0, False, codec, class_names)
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:
