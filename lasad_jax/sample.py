@@ -65,7 +65,8 @@ def sample() -> None:
         _say(f"these {len(labels)} images are there already: {job.png}, {job.npz}")
         return
     generator.draw(job, given)
-    _say(f"{len(labels)} images of step {generator.step}: {job.png}, {job.npz}")
+    origin = f"step {generator.step}" if _WORKDIR.value else out.name
+    _say(f"{len(labels)} images of {origin}: {job.png}, {job.npz}")
 
 
 def _open() -> tuple[GeneratorRun, Path]:

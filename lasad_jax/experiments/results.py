@@ -1,0 +1,118 @@
+"""What finished runs measured, and what is said of several of them."""
+
+import dataclasses
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+
+from lasad_jax.config import Config, load_config
+from lasad_jax.experiments.arms import TASKS
+from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.decoder import start
+from lasad_jax.models.generator import init_cache
+from lasad_jax.training.metrics import read_metrics
+
+HELD_OUT = "held_out_bits_per_token"
+NATS = math.log(2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One finished run.
+
+    Attributes:
+      task, arm, seed: of its `Trial`.
+      config: of the run.
+      train: step -> training loss in bits per token, means over `log_every` steps, with dropout.
+      held_out: step -> held-out bits per token.
+      measured: of drawn images, by name, such as "fid_classifier"; {} if none were drawn.
+    """
+
+    task: str
+    arm: str
+    seed: int
+    config: Config
+    train: dict[int, float]
+    held_out: dict[int, float]
+    measured: dict[str, float]
+
+    @property
+    def bits(self) -> float:
+        """Held-out bits per token: of the last step, or the best where a task overfits."""
+        if TASKS[self.task].overfits:
+            return min(self.held_out.values())
+        return self.held_out[max(self.held_out)]
+
+    @property
+    def train_bits(self) -> float:
+        """Training bits per token over the last tenth of the steps."""
+        last = max(self.train)
+        return statistics.fmean(x for step, x in self.train.items() if step > 0.9 * last)
+
+    def held_out_at(self, train_bits: float) -> float | None:
+        """Held-out bits per token where training bits, smoothed, first are so low; None if never.
+
+        Between two evaluations it is the straight line.
+        """
+        smooth = _running_mean([*self.train.items()], 5)
+        steps = [step for step, bits in smooth if bits <= train_bits]
+        if not steps:
+            return None
+        return _interpolate([*self.held_out.items()], steps[0])
+
+
+def read_results(out: Path) -> list[Result]:
+    """All finished runs below the queue's folder."""
+    found = []
+    for done in sorted(Path(out).glob("*/*/seed*/trained")):
+        folder = done.parent
+        task, arm, seed = folder.parts[-3:]
+        rows = read_metrics(folder / "metrics.jsonl")
+        reports = sorted(folder.glob("measured_*.json"))
+        found.append(
+            Result(
+                task=task,
+                arm=arm,
+                seed=int(seed.removeprefix("seed")),
+                config=load_config(folder),
+                train={row["step"]: row["loss"] / NATS for row in rows if "loss" in row},
+                held_out={row["step"]: row[HELD_OUT] for row in rows if HELD_OUT in row},
+                measured=json.loads(reports[0].read_text())["metrics"] if reports else {},
+            )
+        )
+    return found
+
+
+def decode_state(config: ModelConfig, num_tokens: int) -> int:
+    """Numbers that one layer remembers of one image after `num_tokens` tokens of a square grid."""
+    side = math.isqrt(num_tokens)
+    square = dataclasses.replace(config, grid=(side, side))
+    cache = jax.eval_shape(lambda: start(square, init_cache(square, 1)).layers)
+    return sum(x.size for x in jax.tree.leaves(cache)) // config.num_layers
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error; the latter is NaN of one value."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, math.nan
+    return mean, statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _running_mean(points: list[tuple[int, float]], width: int) -> list[tuple[int, float]]:
+    return [
+        (points[i][0], statistics.fmean(y for _, y in points[i + 1 - width : i + 1]))
+        for i in range(width - 1, len(points))
+    ]
+
+
+def _interpolate(points: list[tuple[int, float]], x: int) -> float | None:
+    for (x0, y0), (x1, y1) in itertools.pairwise(points):
+        if x0 <= x <= x1:
+            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
+    return None
