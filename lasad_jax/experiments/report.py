@@ -4,6 +4,7 @@ Prints a table for each task in Markdown and draws to --pictures: held-out bits 
 of the arms, and over what a layer remembers. Means over seeds, with their standard errors.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -94,7 +95,7 @@ def draw_states(results: Sequence[Result]) -> Figure:
     """Held-out bits over what a layer remembers at 256 tokens, a panel for each task."""
     figure, panels = _panels(results, height=4)
     for axes, arms in panels:
-        for row in table_rows([run for runs in arms.values() for run in runs]):
+        for row in table_rows([*itertools.chain(*arms.values())]):
             if row["arm"] in BEST:
                 mean, error = row["bits"]
                 error = 0 if math.isnan(error) else 2 * error
@@ -109,7 +110,7 @@ def draw_states(results: Sequence[Result]) -> Figure:
 def _panels(
     results: Sequence[Result], height: float
 ) -> tuple[Figure, list[tuple[Axes, dict[str, list[Result]]]]]:
-    """A figure with a panel for each task, each with its runs by arm, above a legend of the arms."""
+    """A figure with a panel for each task, with its runs by arm, above a legend of the arms."""
     tasks = [task for task in TASKS if any(result.task == task for result in results)]
     figure = new_figure(4.6 * len(tasks), height)
     found = []
