@@ -104,6 +104,14 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return mean, statistics.stdev(values) / math.sqrt(len(values))
 
 
+def by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The runs of each arm."""
+    found = {}
+    for result in results:
+        found.setdefault(result.arm, []).append(result)
+    return found
+
+
 def _running_mean(points: list[tuple[int, float]], width: int) -> list[tuple[int, float]]:
     return [
         (points[i][0], statistics.fmean(y for _, y in points[i + 1 - width : i + 1]))
