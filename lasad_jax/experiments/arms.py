@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from lasad_jax.models import SIZES
 from lasad_jax.models.config import DECAYS
 
 SOFTMAX = "softmax+rope"
+SOFTMAX_CONV = "softmax+conv+rope"
 DEFAULT = "raster+gate+conv+rope"
 
 
@@ -16,11 +18,13 @@ class Task:
     config: file in configs/, without ending.
     title: for people.
     overfits: images repeat so often that the best step counts, not the last.
+    fields: of its config, that differ.
     """
 
     config: str
     title: str
     overfits: bool = False
+    fields: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 TASKS = {
@@ -29,12 +33,23 @@ TASKS = {
     "clipart": Task("clipart", "Open Clip Art, 16x16 of 1024 codes", overfits=True),
 }
 
+
+def _larger(size: str, learning_rate: float) -> Task:
+    fields = {f"model.{name}": str(value) for name, value in SIZES[size].items()}
+    fields |= {"optimizer.learning_rate": str(learning_rate)}
+    return Task("han", f"Han characters, size {size}", fields=fields)
+
+
+# The largest task at larger sizes; its rate goes with one over the width.
+SCALING = {"han-medium": _larger("medium", 1.33e-3), "han-B": _larger("B", 6.7e-4)}
+TASKS |= SCALING
+
 # The default, the baselines, and everything that is one step from the default; of all those that
 # a decay can be had with, the rest follow.
 BEST = (
     DEFAULT,
     SOFTMAX,
-    "softmax+conv+rope",
+    SOFTMAX_CONV,
     "raster+gate+conv+rope+dk64",
     "raster+conv+rope",
     "manhattan+conv+rope",
@@ -109,10 +124,11 @@ class Trial:
 
     def flags(self) -> list[str]:
         """For `lasad_jax.train`."""
-        fields = overrides(self.arm)
-        return [f"--config=configs/{TASKS[self.task].config}.py", f"--config.seed={self.seed}"] + [
-            f"--config.model.{name}={value}" for name, value in fields.items()
-        ]
+        task = TASKS[self.task]
+        fields = {"seed": str(self.seed)} | task.fields
+        fields |= {f"model.{name}": value for name, value in overrides(self.arm).items()}
+        given = [f"--config.{name}={value}" for name, value in fields.items()]
+        return [f"--config=configs/{task.config}.py", *given]
 
 
 def trials(tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> list[Trial]:

@@ -10,9 +10,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from lasad_jax.benchmarks.plots import new_figure
-from lasad_jax.experiments.arms import BEST, TASKS
+from lasad_jax.experiments.arms import BEST, DEFAULT, SCALING, SOFTMAX, SOFTMAX_CONV, TASKS
 from lasad_jax.experiments.results import Result, by_arm
 from lasad_jax.experiments.tables import table_rows
+from lasad_jax.models.counts import step_flops
+from lasad_jax.models.generator import count_parameters
 
 
 def draw_curves(results: Sequence[Result]) -> Figure:
@@ -49,11 +51,39 @@ def draw_states(results: Sequence[Result]) -> Figure:
     return figure
 
 
+def draw_scaling(results: Sequence[Result]) -> Figure:
+    """Held-out bits over the FLOPs of training, a line for each size and arm of one task."""
+    figure = new_figure(6.5, 4.6)
+    axes = figure.subplots()
+    sizes = ("han", *SCALING)
+    for run in results:
+        if run.task not in sizes or run.seed or run.arm not in (DEFAULT, SOFTMAX, SOFTMAX_CONV):
+            continue
+        config = run.config
+        flops = step_flops(config.model, config.batch_size * config.model.num_tokens)
+        steps = sorted(run.held_out)[1:]
+        bits = [run.held_out[step] for step in steps]
+        wide = 0.8 + 0.8 * sizes.index(run.task)
+        axes.plot(
+            [flops * step for step in steps], bits, marker="o", markersize=3, linewidth=wide,
+            linestyle="-" if run.arm == DEFAULT else "--", color=_colour(run.arm),
+        )  # fmt: skip
+        parameters = count_parameters(config.model) / 1e6
+        axes.annotate(f"{parameters:.0f}M", (flops * steps[-1], bits[-1]), fontsize=7)
+    lines = [Line2D([], [], color=_colour(arm)) for arm in (DEFAULT, SOFTMAX, SOFTMAX_CONV)]
+    axes.legend(lines, (DEFAULT, SOFTMAX, SOFTMAX_CONV))
+    axes.set(title="Han characters, three sizes", xscale="log", xlabel="FLOPs of training")
+    axes.set(ylabel="held-out bits per token")
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def _panels(
     results: Sequence[Result], height: float
 ) -> tuple[Figure, list[tuple[Axes, dict[str, list[Result]]]]]:
     """A figure with a panel for each task, with its runs by arm, above a legend of the arms."""
-    tasks = [task for task in TASKS if any(result.task == task for result in results)]
+    with_runs = {result.task for result in results} - set(SCALING)
+    tasks = [task for task in TASKS if task in with_runs]
     figure = new_figure(4.6 * len(tasks), height)
     found = []
     for axes, task in zip(figure.subplots(1, len(tasks), squeeze=False)[0], tasks, strict=True):

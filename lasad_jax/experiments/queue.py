@@ -21,12 +21,14 @@ from pathlib import Path
 from absl import flags
 
 from lasad_jax.command import run
-from lasad_jax.experiments.arms import ARMS, BEST, TASKS, trials
+from lasad_jax.experiments.arms import ARMS, BEST, SCALING, TASKS, trials
 from lasad_jax.experiments.jobs import measure_job, train_job, work_off
 from lasad_jax.training.preemption import EXIT_STATUS
 
 _OUT = flags.DEFINE_string("out", "runs/quality", "Folder of all runs.")
-_TASKS = flags.DEFINE_list("tasks", list(TASKS), "Some of fashion, han, clipart.")
+_TASKS = flags.DEFINE_list(
+    "tasks", [name for name in TASKS if name not in SCALING], f"Some of {', '.join(TASKS)}."
+)
 _ARMS = flags.DEFINE_list("arms", ["best"], "Mixers, by what they have; best or all.")
 _SEEDS = flags.DEFINE_list("seeds", ["0"], "A run of each arm with each.")
 _LANES = flags.DEFINE_integer("lanes", 1, "Runs beside each other on the device.", 1)

@@ -1,7 +1,8 @@
 """Tables and curves of finished runs: python -m lasad_jax.experiments.report --out=runs/quality
 
 Prints a table for each task in Markdown and draws to --pictures: held-out bits over the steps
-of the arms, and over what a layer remembers. Means over seeds, with their standard errors.
+of the arms, over what a layer remembers, and of several sizes over the FLOPs of training. Means
+over seeds, with their standard errors.
 """
 
 from pathlib import Path
@@ -12,7 +13,7 @@ from lasad_jax.benchmarks.plots import save
 from lasad_jax.benchmarks.tables import head, row_line
 from lasad_jax.command import run
 from lasad_jax.experiments.arms import TASKS
-from lasad_jax.experiments.curves import draw_curves, draw_states
+from lasad_jax.experiments.curves import draw_curves, draw_scaling, draw_states
 from lasad_jax.experiments.results import read_results
 from lasad_jax.experiments.tables import COLUMNS, table_rows
 
@@ -32,8 +33,9 @@ def report() -> None:
             for row in table_rows(mine):
                 print(row_line(row, COLUMNS))
     if _PICTURES.value:
-        for name, figure in (("curves", draw_curves(results)), ("states", draw_states(results))):
-            save(figure, Path(_PICTURES.value) / f"quality_{name}.png")
+        figures = {"curves": draw_curves, "states": draw_states, "scaling": draw_scaling}
+        for name, draw in figures.items():
+            save(draw(results), Path(_PICTURES.value) / f"quality_{name}.png")
 
 
 if __name__ == "__main__":

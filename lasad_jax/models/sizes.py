@@ -2,10 +2,11 @@
 
 from lasad_jax.models.config import ModelConfig
 
-# arXiv 2406.06525, table 1; "tiny" and "small" are ours.
+# arXiv 2406.06525, table 1; "tiny", "small" and "medium" are ours.
 SIZES = {
     "tiny": {"num_layers": 4, "width": 128, "num_heads": 4},
     "small": {"num_layers": 6, "width": 256, "num_heads": 4},
+    "medium": {"num_layers": 10, "width": 384, "num_heads": 6},
     "B": {"num_layers": 12, "width": 768, "num_heads": 12},
     "L": {"num_layers": 24, "width": 1024, "num_heads": 16},
     "XL": {"num_layers": 36, "width": 1280, "num_heads": 20},
