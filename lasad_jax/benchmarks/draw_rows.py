@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from lasad_jax.benchmarks.tables import one_line
 from lasad_jax.config import MeshConfig, SamplingConfig
 from lasad_jax.models import ModelConfig
 from lasad_jax.models.generator import init_parameters
-from lasad_jax.sampling.decode import balanced_labels, lower_batch, sample_tokens
+from lasad_jax.sampling.decode import balanced_labels, lower_programs, sample_tokens
 from lasad_jax.training import sharding
 from lasad_jax.training.state import unbox
 
@@ -59,22 +59,30 @@ class Drawing:
 
     @property
     def how(self) -> dict:
-        """What `sample_tokens` and `lower_batch` are told."""
+        """What `sample_tokens` and `lower_programs` are told."""
         return {
             "sampling": SamplingConfig(guidance=GUIDANCE, temperature=self.temperature),
             "mesh": sharding.make_mesh(MeshConfig(), jax.devices()[: self.devices]),
             "batch_size": self.case.batch * self.devices,
         }
 
-    def lower(self) -> jax.stages.Lowered:
-        """Traces the drawing of a batch; nothing is allocated."""
-        shapes = jax.eval_shape(functools.partial(_parameters, self.model))
-        return lower_batch(self.model, shapes, **self.how)
+    @property
+    def lowers(self) -> dict[Hashable, Callable[[], jax.stages.Lowered]]:
+        """What traces its programs, under their names; nothing is allocated."""
+        traced = functools.cache(self._lower)
+        return {(what, self): lambda i=i: traced()[i] for i, what in enumerate(("prepare", "draw"))}
+
+    def _lower(self) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+        return lower_programs(self.model, jax.eval_shape(self.parameters), **self.how)
+
+    def parameters(self) -> PyTree:
+        """Random ones, for any dtype of activations the same."""
+        return _parameters(self.case.model("lasad"))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _parameters(config: ModelConfig) -> PyTree:
-    """Random ones, the head's too: it begins at zero, and all codes would be alike."""
+    """The head's are random too: it begins at zero, and all codes would be alike."""
     params = unbox(init_parameters(config, jax.random.key(_SEED)))
     head = params["head"]["kernel"]
     drawn = jax.random.normal(jax.random.key(_SEED + 1), head.shape, head.dtype)
@@ -90,16 +98,17 @@ def draw_row(
 
     Args:
       drawing: what to time.
-      programs: with its own under ("draw", drawing).
+      programs: with its own, of `lowers`.
       seen: codes of drawings before; with those of `drawing.alone` the row says how many
         images and codes are the same.
     """
     row = drawing.label
     try:
-        compiled(programs.result(("draw", drawing)))
+        for name in drawing.lowers:
+            compiled(programs.result(name))
         how = drawing.how
         # Where they have to be: what is timed begins with it.
-        params = jax.device_put(_parameters(drawing.model), sharding.replicated(how["mesh"]))
+        params = jax.device_put(drawing.parameters(), sharding.replicated(how["mesh"]))
         draw = functools.partial(sample_tokens, drawing.model, params, seed=_SEED, **how)
         labels = balanced_labels(drawing.images, drawing.model.num_classes)
         draw(labels[: how["batch_size"]])

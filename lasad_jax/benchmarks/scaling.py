@@ -185,7 +185,8 @@ def main() -> None:
     lowers = {name: lower for run in runs for name, lower in mesh_rows.lower(run).items()}
     if whole:
         lowers |= mesh_rows.lower(mesh_rows.split(whole, counts[-1]))
-    lowers |= {("draw", drawing): drawing.lower for drawing in drawings}
+    for drawing in drawings:
+        lowers |= drawing.lowers
 
     rows = Rows()
     about = {
@@ -300,7 +301,7 @@ def _drawing_parts(drawings: list[Drawing], programs: Compilation) -> list[Part]
         Part(
             "drawing",
             drawing.label,
-            (("draw", drawing.alone), ("draw", drawing)),
+            (*drawing.alone.lowers, *drawing.lowers),
             functools.partial(make, drawing),
         )
         for drawing in drawings

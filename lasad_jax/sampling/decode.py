@@ -188,34 +188,37 @@ def sample_batches(
     return map(draw_batch, batches)
 
 
-def lower_batch(
+def lower_programs(
     model_config: ModelConfig,
     params: PyTree,
     *,
     sampling: SamplingConfig,
     mesh: Mesh,
     batch_size: int = 128,
-) -> jax.stages.Lowered:
-    """Traces what `sample_batches` runs for a batch of images from nothing but their classes.
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """Traces what `sample_batches` runs to draw images from nothing but their classes.
 
-    If it is compiled ahead, in any thread, the call there finds it done.
+    If both programs are compiled ahead, in any thread, the call there finds them done.
 
     Args:
       model_config, sampling, mesh, batch_size: as there.
       params: the generator's, or their shapes.
+
+    Returns:
+      what prepares the weights, and what draws a batch.
     """
     rows, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), replicated(mesh)
-    size = _batch_rows(mesh, batch_size, batch_size)
-    key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    weights = jax.eval_shape(functools.partial(decoder.prepare, model_config), params)
-    numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
-    given = jax.ShapeDtypeStruct((size, 0), jnp.int32)
     place = lambda tree, sharding: jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
     )
-    shared = place((weights, key), whole)
+    size = _batch_rows(mesh, batch_size, batch_size)
+    numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
+    given = jax.ShapeDtypeStruct((size, 0), jnp.int32)
+    base_key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    prepare = _prepare.lower(model_config, place(params, whole))
+    shared = place((prepare.out_info, base_key), whole)
     of_images = place((numbers, numbers, given), rows)
-    return _generate_everywhere.lower(model_config, sampling, mesh, *shared, *of_images)
+    return prepare, _generate_everywhere.lower(model_config, sampling, mesh, *shared, *of_images)
 
 
 def _batch_rows(mesh: Mesh, batch_size: int, num: int) -> int:
