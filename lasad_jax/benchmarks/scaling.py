@@ -12,34 +12,23 @@ in the order of their importance, as they can be had. docs/scaling.md says how t
 
 import dataclasses
 import functools
-import json
 import os
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator
-from pathlib import Path
 
 import jax
 from absl import flags
 
 import lasad_jax
 from lasad_jax import command
-from lasad_jax.benchmarks import draw_rows, mesh_rows, meshes, plots, results
+from lasad_jax.benchmarks import draw_rows, mesh_rows, meshes, results
 from lasad_jax.benchmarks.compiling import Compilation
 from lasad_jax.benchmarks.draw_rows import Drawing
 from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.mesh_rows import with_efficiency
 from lasad_jax.benchmarks.meshes import Run
-from lasad_jax.benchmarks.tables import (
-    column,
-    digits,
-    gigabytes,
-    head,
-    milliseconds,
-    percent,
-    row_line,
-)
-from lasad_jax.files import whole_file
+from lasad_jax.benchmarks.scaling_rows import Rows
 
 _BEGUN = time.monotonic()
 _PAUSE = 0.1  # seconds between looks at the compiler
@@ -87,50 +76,13 @@ _HOW_ON_CPU = {"repeats": 2, "min_seconds": 0.0}
 # Codes are compared on a batch of all devices; in float32 on part of one, as it takes longer.
 _FLOAT32_PART = 4
 
-TABLES = {
-    "training": (
-        column("run", "run", width=22),
-        column("devices", "devices"),
-        column("flags", "flags"),
-        column("ms", "seconds", milliseconds),
-        column("images/s", "images_per_second", digits()),
-        column("per device", "per_device", digits()),
-        column("efficiency", "efficiency", percent),
-        column("MFU", "utilization", percent),
-        column("GB", "memory_bytes", gigabytes),
-        column("collectives", "collectives", percent),
-        column("exposed", "exposed", percent),
-    ),
-    "losses": (
-        column("run", "run", width=22),
-        column("devices", "devices"),
-        column("steps", "steps"),
-        column("first", "first", "{:.4f}".format),
-        column("last", "last", "{:.4f}".format),
-        column("largest difference", "largest", "{:.2e}".format),
-        column("other dropout", "noise", "{:.2e}".format),
-    ),
-    "drawing": (
-        column("case", "case", width=12),
-        column("dtype", "dtype"),
-        column("temperature", "temperature", digits()),
-        column("devices", "devices"),
-        column("images", "images"),
-        column("s", "seconds", digits()),
-        column("images/s", "images_per_second", digits()),
-        column("efficiency", "efficiency", percent),
-        column("same images", "same_images", percent),
-        column("same codes", "same_codes", percent),
-    ),
-}
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """A row to be made.
 
     Attributes:
-      table: of `TABLES`.
+      table: of `scaling_rows.TABLES`.
       label: fields of the row that say what it is.
       needs: names of the programs that it takes.
       make: the row, once they are there.
@@ -140,36 +92,6 @@ class Part:
     label: dict
     needs: tuple[Hashable, ...]
     make: Callable[[], dict]
-
-
-class Rows(dict):
-    """The rows of each table, printed, written and drawn as they come."""
-
-    def __init__(self):
-        super().__init__({table: [] for table in TABLES})
-        self._last, self._folder = None, results.OUT.value and Path(results.OUT.value)
-        if self._folder:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / "rows.jsonl").unlink(missing_ok=True)
-
-    def write(self, table: str, row: dict) -> None:
-        """Adds a line to the file, if there is a folder for it."""
-        if self._folder:
-            with open(self._folder / "rows.jsonl", "a") as file:
-                file.write(json.dumps({"table": table} | row) + "\n")
-
-    def add(self, table: str, row: dict) -> None:
-        """Enters a row; the head of its table is printed where it begins."""
-        if table != self._last:
-            print("\n" + head(TABLES[table]))
-        self._last = table
-        print(row_line(row, TABLES[table]), flush=True)
-        self[table].append(row)
-        self.write(table, row)
-        if self._folder:
-            with whole_file(self._folder / "scaling.png") as file:
-                device = jax.devices()[0].device_kind
-                plots.draw_efficiency(self["training"], self["drawing"], device, file)
 
 
 def main() -> None:
@@ -223,7 +145,7 @@ def _passed() -> float:
 
 
 def _counts() -> list[int]:
-    """Numbers of devices, rising."""
+    """Numbers of devices, rising, from the one that all others are compared with."""
     there = len(jax.devices())
     if _DEVICES.value is None:
         return [2**i for i in range(there.bit_length())]
@@ -231,7 +153,7 @@ def _counts() -> list[int]:
         raise ValueError(
             f"devices: {','.join(_DEVICES.value)!r} must be numbers from 1 to the {there} there are"
         )
-    return sorted({int(text) for text in _DEVICES.value}) or [1]
+    return sorted({1, *map(int, _DEVICES.value)})
 
 
 def _drawings(sizes: dict, counts: list[int]) -> list[Drawing]:
