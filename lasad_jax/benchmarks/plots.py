@@ -79,6 +79,38 @@ def draw_along(rows: Sequence[dict], memory: Sequence[dict], device: str, path: 
     save(figure, path)
 
 
+def draw_efficiency(
+    training: Sequence[dict], drawing: Sequence[dict], device: str, path: Path
+) -> None:
+    """Efficiency over the number of devices, and what share of a step communication adds to it."""
+    figure = new_figure(12, 4.5)
+    left, right = figure.subplots(1, 2)
+    named = [(" ".join((row["run"], row["flags"])).strip(), row) for row in training]
+    usual = lambda row: (row["dtype"], row["temperature"]) == ("bfloat16", 1)
+    drawn = [(f"drawing {row['case']}", row) for row in drawing if usual(row)]
+    several = lambda row, field: row["devices"] > 1 and row.get(field) is not None
+    for axes, field, start, rows in (
+        (left, "efficiency", 100.0, [*named, *drawn]),
+        (right, "exposed", 0.0, named),
+    ):
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for name, row in rows:
+            if several(row, field):
+                lines.setdefault(name, [(1, start)]).append((row["devices"], 100 * row[field]))
+        for name, points in lines.items():
+            axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
+        counts = sorted({1, *(row["devices"] for _, row in rows)})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(counts, counts)
+        axes.set(xlabel="devices")
+    left.set(ylabel="images/s of a device, % of one alone")
+    right.set(ylabel="% of a step in collectives that nothing hides")
+    for axes in (left, right):
+        _finish(axes)
+    figure.suptitle(device)
+    save(figure, path)
+
+
 def _finish(axes: Axes, *, from_zero: bool = True) -> None:
     if from_zero:
         top = max((max(line.get_ydata()) for line in axes.get_lines()), default=1.0)

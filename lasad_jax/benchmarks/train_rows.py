@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, PyTree
@@ -24,7 +25,7 @@ from lasad_jax.data.codes import CodeExamples
 from lasad_jax.data.loader import train_batches
 from lasad_jax.models import count_parameters, counts
 from lasad_jax.training import sharding
-from lasad_jax.training.state import abstract_state, init_state
+from lasad_jax.training.state import abstract_state, init_program, init_state
 from lasad_jax.training.step import Batch, make_train_step
 
 _EMA_DECAY = OptimizerConfig().ema_decay
@@ -39,36 +40,59 @@ def run_config(case: GeneratorCase, mixer: str, *, ema: bool = False, **model) -
     )
 
 
-def lower_step(config: Config, make_step: Callable = make_train_step) -> jax.stages.Lowered:
-    """Traces the step of a run on one device; no state is allocated.
+def lower_step(
+    config: Config, make_step: Callable = make_train_step, *, devices: int = 1
+) -> jax.stages.Lowered:
+    """Traces the step of a run; no state is allocated.
 
     Args:
       config: of the run.
       make_step: config to (state, batch) -> (state, metrics).
+      devices: so many, the first ones.
     """
-    mesh = _one_device(config)
+    mesh = _mesh(config, devices)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         step = jax.jit(make_step(config), donate_argnums=0)
-        return step.lower(abstract_state(config, mesh), _random_batch(config, 0))
+        return step.lower(abstract_state(config, mesh), _random_batch(config, mesh, 0))
+
+
+def lower_init(config: Config, *, devices: int = 1) -> jax.stages.Lowered:
+    """Traces what makes the state before the first step, as `lower_step`."""
+    mesh = _mesh(config, devices)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        return init_program(config, mesh).lower({})
 
 
 class Trainer:
-    """A compiled step on one device and the state that it replaces each time.
+    """A compiled step and the state that it replaces each time.
 
     Attributes:
       config: of the run.
-      mesh: of the one device.
+      mesh: of its devices.
     """
 
-    def __init__(self, config: Config, step: jax.stages.Compiled):
+    def __init__(
+        self,
+        config: Config,
+        step: jax.stages.Compiled,
+        *,
+        devices: int = 1,
+        init: jax.stages.Compiled | None = None,
+        first_step: int = 0,
+    ):
         """
         Args:
           config: of the run.
           step: compiled from its `lower_step`.
+          devices: as there.
+          init: compiled from its `lower_init`; None to compile it here.
+          first_step: what steps are counted from. Keys of dropout depend on it.
         """
-        self.config, self.mesh, self._step = config, _one_device(config), step
+        self.config, self.mesh, self._step = config, _mesh(config, devices), step
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
-            self._state = init_state(config, self.mesh)
+            state = init({}) if init else init_state(config, self.mesh)
+        count = jax.device_put(np.int32(first_step), state.step.sharding)
+        self._state = state.replace(step=count)
 
     def __call__(self, batch: Batch) -> dict[str, Array]:
         """Takes a step and returns its metrics."""
@@ -81,17 +105,17 @@ class Trainer:
         return self._state.params
 
     def batch(self, seed: int) -> Batch:
-        """Random codes on the device."""
-        return _random_batch(self.config, seed)
+        """Random codes where the step wants them, the same for any devices."""
+        return _random_batch(self.config, self.mesh, seed)
 
 
-def _one_device(config: Config) -> Mesh:
-    return sharding.make_mesh(config.mesh, jax.devices()[:1])
+def _mesh(config: Config, devices: int) -> Mesh:
+    return sharding.make_mesh(config.mesh, jax.devices()[:devices])
 
 
-def _random_batch(config: Config, seed: int) -> Batch:
+def _random_batch(config: Config, mesh: Mesh, seed: int) -> Batch:
     batch = random_batch(config.model, config.batch_size, seed)
-    return sharding.put_batch(jax.device_get(batch), _one_device(config))
+    return sharding.put_batch(jax.device_get(batch), mesh)
 
 
 def time_row(

@@ -188,6 +188,39 @@ def sample_batches(
     return map(draw_batch, batches)
 
 
+def lower_programs(
+    model_config: ModelConfig,
+    params: PyTree,
+    *,
+    sampling: SamplingConfig,
+    mesh: Mesh,
+    batch_size: int = 128,
+) -> tuple[jax.stages.Lowered, jax.stages.Lowered]:
+    """Traces what `sample_batches` runs to draw images from nothing but their classes.
+
+    If both programs are compiled ahead, in any thread, the call there finds them done.
+
+    Args:
+      model_config, sampling, mesh, batch_size: as there.
+      params: the generator's, or their shapes.
+
+    Returns:
+      what prepares the weights, and what draws a batch.
+    """
+    rows, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), replicated(mesh)
+    place = lambda tree, sharding: jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree
+    )
+    size = _batch_rows(mesh, batch_size, batch_size)
+    numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
+    given = jax.ShapeDtypeStruct((size, 0), jnp.int32)
+    base_key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
+    prepare = _prepare.lower(model_config, place(params, whole))
+    shared = place((prepare.out_info, base_key), whole)
+    of_images = place((numbers, numbers, given), rows)
+    return prepare, _generate_everywhere.lower(model_config, sampling, mesh, *shared, *of_images)
+
+
 def _batch_rows(mesh: Mesh, batch_size: int, num: int) -> int:
     return -(-min(batch_size, max(num, 1)) // mesh.size) * mesh.size
 

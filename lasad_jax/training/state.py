@@ -103,6 +103,11 @@ def init_state(config: Config, mesh: Mesh, given: Mapping[str, Array] | None = N
       mesh: where the state is to live.
       given: parameters that are not initialised, by name, such as "blocks/mixer/q/kernel".
     """
+    return init_program(config, mesh)(dict(given or {}))
+
+
+def init_program(config: Config, mesh: Mesh) -> jax.stages.Wrapped:
+    """What `init_state` runs on the parameters that are given: a program that can be lowered."""
 
     def make(given):
         params = flatten_dict(unbox(_init(config)), sep="/")
@@ -110,7 +115,7 @@ def init_state(config: Config, mesh: Mesh, given: Mapping[str, Array] | None = N
         return _new_state(config, unflatten_dict(params, sep="/"))
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return jax.jit(make, out_shardings=shardings)(dict(given or {}))
+    return jax.jit(make, out_shardings=shardings)
 
 
 def _init(config: Config) -> PyTree:
