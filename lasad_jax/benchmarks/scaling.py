@@ -30,7 +30,6 @@ from lasad_jax.benchmarks.mesh_rows import with_efficiency
 from lasad_jax.benchmarks.meshes import Run
 from lasad_jax.benchmarks.scaling_rows import Rows
 
-_BEGUN = time.monotonic()
 _PAUSE = 0.1  # seconds between looks at the compiler
 
 _RUNS = flags.DEFINE_list(
@@ -96,6 +95,8 @@ class Part:
 
 def main() -> None:
     """Prints the rows and writes the files."""
+    begun = time.monotonic()
+    passed = lambda: time.monotonic() - begun
     # Multicast of NCCL, before it starts: it can put GPUs out of service that a host shares.
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
     sizes = _ON_CPU if results.on_cpu() else _ON_ACCELERATOR
@@ -121,27 +122,23 @@ def main() -> None:
     rows.write("about", about)
     print(f"{about['device']}, {counts[-1]} of them, jax {jax.__version__}", flush=True)
     programs = Compilation(lowers, {("step", run): xla[run.flags] for run in runs if run.flags})
-    programs.wait(max(0.0, 60 * _COMPILE_MINUTES.value - _passed()))
-    print(f"{_passed():.0f} s: {programs.unfinished} of {len(lowers)} programs not compiled yet")
+    programs.wait(max(0.0, 60 * _COMPILE_MINUTES.value - passed()))
+    print(f"{passed():.0f} s: {programs.unfinished} of {len(lowers)} programs not compiled yet")
 
     training = _run_parts(runs, programs)
     pending = [part for part in training if not part.label["flags"]]
     pending += [_losses_part(whole, counts[-1], programs)] if whole else []
     pending += _drawing_parts(drawings, programs)
     pending += [part for part in training if part.label["flags"]]
-    for part in _in_turn(pending, programs):
+    for part in _in_turn(pending, programs, passed):
         rows.add(part.table, part.make())
     for part in pending:
         rows.add(part.table, part.label | {"skipped": f"{_MINUTES.value:g} minutes are over"})
-    print(f"\n{_passed():.0f} s")
+    print(f"\n{passed():.0f} s")
     if programs.unfinished:
         # Threads of the compiler cannot be stopped, and Python would wait for them.
         sys.stdout.flush()
         os._exit(0)
-
-
-def _passed() -> float:
-    return time.monotonic() - _BEGUN
 
 
 def _counts() -> list[int]:
@@ -173,9 +170,11 @@ def _drawings(sizes: dict, counts: list[int]) -> list[Drawing]:
     return timed + both
 
 
-def _in_turn(pending: list[Part], programs: Compilation) -> Iterator[Part]:
+def _in_turn(
+    pending: list[Part], programs: Compilation, passed: Callable[[], float]
+) -> Iterator[Part]:
     """Takes parts out of the list, the first one whose programs are there, until time is over."""
-    while pending and _passed() < 60 * _MINUTES.value:
+    while pending and passed() < 60 * _MINUTES.value:
         for part in pending:
             if all(map(programs.done, part.needs)):
                 pending.remove(part)
