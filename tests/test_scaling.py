@@ -175,17 +175,17 @@ def test_what_time_does_not_reach_is_told(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().out.count("0 minutes are over") == 3 + 1 + 6
 
 
-def test_what_is_compiled_comes_first(monkeypatch):
-    monkeypatch.setattr(scaling, "_passed", lambda: 0.0)
+def test_what_is_compiled_comes_first():
+    seconds = [0.0]
     parts = [scaling.Part("training", {}, tuple(needs), None) for needs in ("ab", "b", "c", "")]
     programs = Slow(done=["b"])
-    order = scaling._in_turn(pending := list(parts), programs)
+    order = scaling._in_turn(pending := list(parts), programs, lambda: seconds[0])
     assert next(order) is parts[1]
     programs._done.append("a")
     assert next(order) is parts[0]
     assert next(order) is parts[3]
     assert pending == [parts[2]]
-    monkeypatch.setattr(scaling, "_passed", lambda: 1e9)
+    seconds[0] = 1e9
     assert list(order) == []
 
 
