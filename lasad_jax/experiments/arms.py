@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+from lasad_jax.benchmarks.tables import check_known
 from lasad_jax.models import SIZES
 from lasad_jax.models.config import DECAYS
 
@@ -44,8 +45,7 @@ def _larger(size: str, learning_rate: float) -> Task:
 SCALING = {"han-medium": _larger("medium", 1.33e-3), "han-B": _larger("B", 6.7e-4)}
 TASKS |= SCALING
 
-# The default, the baselines, and everything that is one step from the default; of all those that
-# a decay can be had with, the rest follow.
+# Those of the tables: the default, the baselines, and the decays and gates beside the default.
 BEST = (
     DEFAULT,
     SOFTMAX,
@@ -56,6 +56,7 @@ BEST = (
     "sequence+gate+conv+rope",
     "none+conv+rope",
 )
+# With everything that each decay can be had with or without.
 ARMS = (
     *BEST,
     "raster+gate+conv+rope+dk16",
@@ -137,9 +138,7 @@ def trials(tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> l
     Raises:
       ValueError: for a task or an arm that there is not.
     """
-    for task in tasks:
-        if task not in TASKS:
-            raise ValueError(f"tasks: {task!r} is not one of {tuple(TASKS)}")
+    check_known("tasks", tasks, tuple(TASKS))
     for arm in arms:
         overrides(arm)
     return [Trial(task, arm, seed) for seed, arm, task in itertools.product(seeds, arms, tasks)]

@@ -60,10 +60,11 @@ def work_off(lanes: Sequence[collections.deque[Job]], is_over: Callable[[], bool
     share = {"XLA_PYTHON_CLIENT_MEM_FRACTION": f"{0.9 / max(1, len(lanes)):.2f}"}
     running: dict[int, tuple[Job, subprocess.Popen]] = {}
     waiting = {id(jobs): jobs for jobs in lanes}.values()
-    failed = 0
+    failed, over = 0, False
     with tqdm(total=sum(map(len, waiting)), unit="run", dynamic_ncols=True) as bar:
         while running or any(waiting):
-            if is_over():
+            if not over and is_over():
+                over = True
                 for jobs in waiting:
                     jobs.clear()
                 for _, process in running.values():

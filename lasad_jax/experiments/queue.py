@@ -51,6 +51,8 @@ def queue() -> None:
       ValueError: for a task or an arm that there is not; at the end, if runs failed.
     """
     arms = [a for arm in _ARMS.value for a in {"best": BEST, "all": ARMS}.get(arm, (arm,))]
+    if not all(seed.isdigit() for seed in _SEEDS.value):
+        raise ValueError(f"seeds: {','.join(_SEEDS.value)!r} must be numbers such as 0,1,2")
     chosen = trials(_TASKS.value, arms, [int(seed) for seed in _SEEDS.value])
     out = Path(_OUT.value)
     end = time.monotonic() + (60 * _MINUTES.value or math.inf)

@@ -1,7 +1,6 @@
 """What finished runs measured, and what is said of several of them."""
 
 import dataclasses
-import itertools
 import json
 import math
 import statistics
@@ -9,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from lasad_jax.config import Config, load_config
 from lasad_jax.experiments.arms import TASKS
@@ -18,7 +18,7 @@ from lasad_jax.models.generator import init_cache
 from lasad_jax.training.metrics import read_metrics
 
 HELD_OUT = "held_out_bits_per_token"
-NATS = math.log(2)
+_SMOOTHED = 5  # rows of training loss that are one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +55,18 @@ class Result:
         return statistics.fmean(x for step, x in self.train.items() if step > 0.9 * last)
 
     def held_out_at(self, train_bits: float) -> float | None:
-        """Held-out bits per token where training bits, smoothed, first are so low; None if never.
+        """Held-out bits per token where training bits, smoothed, first are so low; None if never,
+        or before the first evaluation.
 
         Between two evaluations it is the straight line.
         """
-        smooth = _running_mean([*self.train.items()], 5)
-        steps = [step for step, bits in smooth if bits <= train_bits]
-        if not steps:
+        smooth = np.convolve([*self.train.values()], np.full(_SMOOTHED, 1 / _SMOOTHED), "valid")
+        reached = np.flatnonzero(smooth <= train_bits)
+        if not len(reached):
             return None
-        return _interpolate([*self.held_out.items()], steps[0])
+        step = [*self.train][_SMOOTHED - 1 + reached[0]]
+        bits = np.interp(step, [*self.held_out], [*self.held_out.values()], left=np.nan)
+        return None if np.isnan(bits) else float(bits)
 
 
 def read_results(out: Path) -> list[Result]:
@@ -80,7 +83,7 @@ def read_results(out: Path) -> list[Result]:
                 arm=arm,
                 seed=int(seed.removeprefix("seed")),
                 config=load_config(folder),
-                train={row["step"]: row["loss"] / NATS for row in rows if "loss" in row},
+                train={row["step"]: row["loss"] / math.log(2) for row in rows if "loss" in row},
                 held_out={row["step"]: row[HELD_OUT] for row in rows if HELD_OUT in row},
                 measured=json.loads(reports[0].read_text())["metrics"] if reports else {},
             )
@@ -110,17 +113,3 @@ def by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
     for result in results:
         found.setdefault(result.arm, []).append(result)
     return found
-
-
-def _running_mean(points: list[tuple[int, float]], width: int) -> list[tuple[int, float]]:
-    return [
-        (points[i][0], statistics.fmean(y for _, y in points[i + 1 - width : i + 1]))
-        for i in range(width - 1, len(points))
-    ]
-
-
-def _interpolate(points: list[tuple[int, float]], x: int) -> float | None:
-    for (x0, y0), (x1, y1) in itertools.pairwise(points):
-        if x0 <= x <= x1:
-            return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
-    return None
