@@ -10,7 +10,7 @@ import sys
 import pytest
 from tiny import tiny_config
 
-from lasad_jax.experiments.arms import ARMS, DEFAULT, SOFTMAX, TASKS, overrides, trials
+from lasad_jax.experiments.arms import ARMS, DEFAULT, SOFTMAX, TASKS, model_fields, trials
 from lasad_jax.experiments.jobs import Job, of_task, work_off
 from lasad_jax.experiments.results import decode_state, mean_and_error, read_results
 from lasad_jax.experiments.tables import table_rows
@@ -19,11 +19,7 @@ from lasad_jax.training.checkpoints import store_config
 
 
 def model_of(arm):
-    fields = overrides(arm)
-    typed = {k: v == "True" if v in ("True", "False") else v for k, v in fields.items()}
-    if "key_dim" in typed:
-        typed["key_dim"] = int(typed["key_dim"])
-    return ModelConfig(**typed)
+    return ModelConfig(**model_fields(arm))
 
 
 def test_arms_are_models_that_there_are_and_differ():
@@ -84,7 +80,7 @@ def test_the_queue_ends_what_runs_and_goes_on(tmp_path):
 def write_run(out, task, arm, seed, held_out, losses, **measured):
     folder = out / task / arm / f"seed{seed}"
     folder.mkdir(parents=True)
-    fields = {name: getattr(model_of(arm), name) for name in overrides(arm)}
+    fields = {name: getattr(model_of(arm), name) for name in model_fields(arm)}
     store_config(tiny_config(model=fields), folder)
     rows = [{"step": step, "loss": bits * math.log(2)} for step, bits in losses.items()]
     rows += [{"step": step, "held_out_bits_per_token": bits} for step, bits in held_out.items()]

@@ -264,6 +264,7 @@ def test_drawing_that_fails_is_a_row_with_its_reason(run_main, monkeypatch):
         (sampling, "cases", "tiny"),
         (sampling, "along", "tiny:1x4"),
         (sampling, "mixers", "hyena"),
+        (sampling, "mixers", "raster+swish"),
     ],
 )
 def test_wrong_flags_are_refused(run_main, command, flag, value):
@@ -284,6 +285,9 @@ def test_cases_are_written_as_they_are_read(parse):
     assert str(case) == "XL:64x16x24"
     assert case.peer_key == ("XL", 384, 64)
     assert case.shrunk(1, 4).grid == (4, 6)
+    config = case.model("manhattan+rope+dk16")
+    assert (config.mixer, config.decay, config.rope) == ("lasad", "manhattan", True)
+    assert (config.selective, config.local_conv, config.key_dim) == (False, "off", 16)
     config = case.model("softmax")
     assert (config.width, config.grid, config.vocab_size) == (1280, (16, 24), 64)
 

@@ -9,6 +9,7 @@ from absl import flags
 from jaxtyping import Array, Int
 
 from lasad_jax.benchmarks.tables import check_known
+from lasad_jax.experiments.arms import model_fields
 from lasad_jax.models import SIZES, ModelConfig
 
 # The baseline first: LASAD's row then has something to be compared with.
@@ -17,7 +18,9 @@ MIXERS = ("softmax", "lasad")
 CASES = flags.DEFINE_list(
     "cases", None, "SIZE:BxRxC each, such as B:128x16x16; by device if unset."
 )
-_MIXERS = flags.DEFINE_list("mixers", list(MIXERS), "Rows of each case.")
+_MIXERS = flags.DEFINE_list(
+    "mixers", list(MIXERS), "Rows of each case; also with parts, such as raster+conv+rope."
+)
 _VOCAB = flags.DEFINE_integer("vocab", 16384, "Codes V.", 2)
 
 
@@ -60,14 +63,18 @@ class GeneratorCase:
 
     def model(self, mixer: str, **overrides) -> ModelConfig:
         """The generator: `ModelConfig`'s defaults where nothing else is said."""
-        fields = {"vocab_size": _VOCAB.value, **SIZES[self.size], **overrides}
-        return ModelConfig(grid=self.grid, mixer=mixer, **fields)
+        fields = {"mixer": mixer} if mixer in MIXERS else model_fields(mixer)
+        fields |= {"vocab_size": _VOCAB.value, **SIZES[self.size], **overrides}
+        return ModelConfig(grid=self.grid, **fields)
 
 
 def mixers() -> list[str]:
     """Those of the flag, the baseline first."""
-    check_known("mixers", _MIXERS.value, MIXERS)
-    return [mixer for mixer in MIXERS if mixer in _MIXERS.value]
+    given = dict.fromkeys(_MIXERS.value)
+    for mixer in given:
+        if mixer not in MIXERS:
+            model_fields(mixer, "mixers")
+    return [*(m for m in MIXERS if m in given), *(m for m in given if m not in MIXERS)]
 
 
 def over_softmax(row: dict, baseline: dict) -> dict[str, float]:

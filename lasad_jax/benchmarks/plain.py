@@ -54,7 +54,7 @@ def ways(case: GeneratorCase, mixer: str) -> dict[str, tuple[Config, Callable]]:
     form, which shows how far bf16 alone drives curves apart (not for softmax, which has one form).
     """
     forms = {"plain": ("auto", True), "step": ("auto", False)}
-    if mixer == "lasad":
+    if case.model(mixer).mixer == "lasad":
         forms["plain, chunked operator"] = ("chunked", True)
     found = {}
     for name, (form, plain) in forms.items():

@@ -80,28 +80,31 @@ ARMS = (
 )
 
 
-def overrides(arm: str) -> dict[str, str]:
-    """Fields of `config.model` of an arm.
+def model_fields(arm: str, flag: str = "arms") -> dict[str, str | bool | int]:
+    """Fields of `ModelConfig` of an arm; a ValueError names `flag`.
 
     Args:
       arm: a decay family or "softmax", then any of "gate" (content gate), "conv" (convolution
         before the feed-forward), "rope" (2D rotary embedding), "dkN" (N numbers per key), joined
         by "+".
+      flag: where it was given.
 
     Raises:
       ValueError: for another word.
     """
     mixer, *parts = arm.split("+")
     if mixer not in (*DECAYS, "softmax"):
-        raise ValueError(f"arms: {arm!r} must begin with one of {(*DECAYS, 'softmax')}")
+        raise ValueError(f"{flag}: {arm!r} must begin with one of {(*DECAYS, 'softmax')}")
     fields = {"mixer": "softmax"} if mixer == "softmax" else {"mixer": "lasad", "decay": mixer}
     fields |= {"selective": "gate" in parts} if mixer != "softmax" else {}
     fields |= {"local_conv": "on" if "conv" in parts else "off", "rope": "rope" in parts}
     for part in set(parts) - {"gate", "conv", "rope"}:
         if not (part.startswith("dk") and part[2:].isdigit()):
-            raise ValueError(f"arms: {arm!r} has {part!r}, which is none of gate, conv, rope, dkN")
+            raise ValueError(
+                f"{flag}: {arm!r} has {part!r}, which is none of gate, conv, rope, dkN"
+            )
         fields["key_dim"] = int(part[2:])
-    return {name: str(value) for name, value in fields.items()}
+    return fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Trial:
 
     Attributes:
       task: of `TASKS`.
-      arm: as `overrides` reads it.
+      arm: as `model_fields` reads it.
       seed: of the run.
     """
 
@@ -126,8 +129,8 @@ class Trial:
     def flags(self) -> list[str]:
         """For `lasad_jax.train`."""
         task = TASKS[self.task]
-        fields = {"seed": str(self.seed)} | task.fields
-        fields |= {f"model.{name}": value for name, value in overrides(self.arm).items()}
+        fields = {"seed": self.seed} | task.fields
+        fields |= {f"model.{name}": value for name, value in model_fields(self.arm).items()}
         given = [f"--config.{name}={value}" for name, value in fields.items()]
         return [f"--config=configs/{task.config}.py", *given]
 
@@ -140,5 +143,5 @@ def trials(tasks: Sequence[str], arms: Sequence[str], seeds: Sequence[int]) -> l
     """
     check_known("tasks", tasks, tuple(TASKS))
     for arm in arms:
-        overrides(arm)
+        model_fields(arm)
     return [Trial(task, arm, seed) for seed, arm, task in itertools.product(seeds, arms, tasks)]
