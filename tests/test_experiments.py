@@ -10,10 +10,18 @@ import sys
 import pytest
 from tiny import tiny_config
 
-from lasad_jax.experiments.arms import ARMS, DEFAULT, SOFTMAX, TASKS, model_fields, trials
+from lasad_jax.experiments.arms import (
+    ARMS,
+    DEFAULT,
+    SOFTMAX,
+    SOFTMAX_CONV,
+    TASKS,
+    model_fields,
+    trials,
+)
 from lasad_jax.experiments.jobs import Job, of_task, work_off
-from lasad_jax.experiments.results import decode_state, mean_and_error, read_results
-from lasad_jax.experiments.tables import table_rows
+from lasad_jax.experiments.results import at_best_rate, decode_state, mean_and_error, read_results
+from lasad_jax.experiments.tables import rate_rows, table_rows
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.training.checkpoints import store_config
 
@@ -77,11 +85,11 @@ def test_the_queue_ends_what_runs_and_goes_on(tmp_path):
     assert ["second" in x.log.read_text() for x in jobs] == [False, True, True, True]
 
 
-def write_run(out, task, arm, seed, held_out, losses, **measured):
+def write_run(out, task, arm, seed, held_out, losses, rate=1e-3, **measured):
     folder = out / task / arm / f"seed{seed}"
     folder.mkdir(parents=True)
     fields = {name: getattr(model_of(arm), name) for name in model_fields(arm)}
-    store_config(tiny_config(model=fields), folder)
+    store_config(tiny_config(model=fields, optimizer={"learning_rate": rate}), folder)
     rows = [{"step": step, "loss": bits * math.log(2)} for step, bits in losses.items()]
     rows += [{"step": step, "held_out_bits_per_token": bits} for step, bits in held_out.items()]
     lines = [json.dumps(row) for row in sorted(rows, key=lambda row: row["step"])]
@@ -124,19 +132,46 @@ def test_the_table_has_means_errors_and_equal_losses(results):
     assert first.held_out_at(0.5) is None
 
 
+def test_learning_rates_are_compared_where_there_are_several(results, tmp_path):
+    other = tmp_path / "other"
+    for seed, bits in ((0, 0.9), (1, 0.8)):
+        write_run(other, "han", DEFAULT, seed, {1000: bits}, straight(3, 1), rate=4e-3)
+    write_run(other, "han", SOFTMAX, 0, {1000: 1.6}, straight(3, 1), rate=4e-3)
+    write_run(other, "han", SOFTMAX_CONV, 0, {1000: 1.4}, straight(3, 1), rate=4e-3)
+    others = read_results(other)
+    of_han = [result for result in results if result.task == "han"]
+    rows = rate_rows(of_han, others)
+    found = [(row["arm"], row["rate"], row["seeds"], row["bits"][0]) for row in rows]
+    assert found == [
+        (DEFAULT, 1e-3, 2, 1.1), (DEFAULT, 4e-3, 2, pytest.approx(0.85)),
+        (SOFTMAX_CONV, 4e-3, 1, 1.4), (SOFTMAX, 1e-3, 1, 1.5), (SOFTMAX, 4e-3, 1, 1.6),
+    ]  # fmt: skip
+    assert rate_rows(results, []) == []
+    every = at_best_rate([*results, *others])
+    best = sorted((r.task, r.arm, r.seed, r.learning_rate) for r in every)
+    assert best == [
+        ("clipart", DEFAULT, 0, 1e-3), ("han", DEFAULT, 0, 4e-3), ("han", DEFAULT, 1, 4e-3),
+        ("han", SOFTMAX_CONV, 0, 4e-3), ("han", SOFTMAX, 0, 1e-3),
+    ]  # fmt: skip
+
+
 def test_where_images_repeat_the_best_step_counts(results):
     (clipart,) = (result for result in results if result.task == "clipart")
     assert clipart.bits == 1.0
 
 
 def test_the_report_prints_tables_and_draws(results, tmp_path):
-    command = [sys.executable, "-m", "lasad_jax.experiments.report", f"--out={tmp_path}"]
+    other = tmp_path / "other"
+    write_run(other, "han", DEFAULT, 0, {500: 2.0, 1000: 0.9}, straight(3, 1), rate=4e-3)
+    folders = f"--out={tmp_path},{other}"
+    command = [sys.executable, "-m", "lasad_jax.experiments.report", folders]
     done = subprocess.run(
         [*command, f"--pictures={tmp_path}"],
         capture_output=True, text=True, check=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
     )  # fmt: skip
     assert "| `raster+gate+conv+rope` | 2         | 1.1000 ± 0.1000 |" in done.stdout
     assert "Open Clip Art" in done.stdout
+    assert "| `raster+gate+conv+rope` | 0.004         | 1         | 0.9000        |" in done.stdout
     for name in ("curves", "states", "scaling"):
         assert (tmp_path / f"quality_{name}.png").read_bytes().startswith(b"\x89PNG")
 

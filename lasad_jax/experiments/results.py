@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 import jax
@@ -47,6 +47,11 @@ class Result:
         if TASKS[self.task].overfits:
             return min(self.held_out.values())
         return self.held_out[max(self.held_out)]
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest of the run."""
+        return self.config.optimizer.learning_rate
 
     @property
     def train_bits(self) -> float:
@@ -109,7 +114,23 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 def by_arm(results: Sequence[Result]) -> dict[str, list[Result]]:
     """The runs of each arm."""
+    return _grouped(results, lambda result: result.arm)
+
+
+def by_rate(results: Sequence[Result]) -> dict[float, list[Result]]:
+    """The runs of each learning rate, the lowest first."""
+    return dict(sorted(_grouped(results, lambda result: result.learning_rate).items()))
+
+
+def at_best_rate(results: Sequence[Result]) -> list[Result]:
+    """Of each task and arm the runs at the learning rate that gave the lowest held-out bits."""
+    mean_bits = lambda runs: statistics.fmean(run.bits for run in runs)
+    arms = _grouped(results, lambda result: (result.task, result.arm)).values()
+    return [run for runs in arms for run in min(by_rate(runs).values(), key=mean_bits)]
+
+
+def _grouped(results: Sequence[Result], key: Callable[[Result], Hashable]) -> dict:
     found = {}
     for result in results:
-        found.setdefault(result.arm, []).append(result)
+        found.setdefault(key(result), []).append(result)
     return found
