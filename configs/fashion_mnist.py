@@ -3,8 +3,9 @@
     python -m lasad_jax.train --config=configs/fashion_mnist.py --workdir=runs/fashion
 
 Expect 1.275 bits per pixel on the test set in 2 minutes on an H100; the softmax baseline at
-equal size, --config.model.mixer=softmax, gets 1.290. The files come from Debian's package
-dataset-fashion-mnist; elsewhere set --config.data.directory.
+equal size, --config.model.mixer=softmax, gets 1.291. A higher rate,
+--config.optimizer.learning_rate=4e-3, gets 1.259 (the baseline 1.289). The files come from
+Debian's package dataset-fashion-mnist; elsewhere set --config.data.directory.
 """
 
 import ml_collections

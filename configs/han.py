@@ -5,7 +5,8 @@
 
 The classes are the typefaces; held out are characters, in every typeface. Expect 0.542 held-out
 bits per pixel in 1.5 minutes on an H100; the softmax baseline at equal size,
---config.model.mixer=softmax, gets 0.593. The fonts are Debian's, which the first command names.
+--config.model.mixer=softmax, gets 0.593. A higher rate, --config.optimizer.learning_rate=4e-3,
+gets 0.530 (the baseline 0.605). The fonts are Debian's, which the first command names.
 """
 
 import ml_collections
