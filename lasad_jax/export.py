@@ -26,7 +26,7 @@ from lasad_jax.interop.tokenizer_files import load_tokenizer
 from lasad_jax.interop.verification import verify
 from lasad_jax.models import count_parameters
 from lasad_jax.training import sharding
-from lasad_jax.training.checkpoints import restore_parameters
+from lasad_jax.training.checkpoints import find_step, restore_parameters
 
 # Seconds on a CPU; above, minutes, and both frameworks' copies of the weights in memory.
 _SMALL = 200_000_000
@@ -49,9 +49,10 @@ def export(workdir: Path, out: Path) -> None:
     check_target(out, force=_FORCE.value)
     if jax.process_count() > 1:
         raise ValueError("distributed: one process exports alone; run it without --distributed")
+    step = find_step(workdir, _STEP.value)
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        params, step = restore_parameters(config, workdir, mesh, step=_STEP.value, raw=_RAW.value)
+        params = restore_parameters(config, workdir, mesh, step, raw=_RAW.value)
     tokenizer = None
     if config.data.source == "codes":
         tokenizer = load_tokenizer(workdir / TOKENIZER_FILE)

@@ -15,6 +15,7 @@ from tiny import ROOT, environment
 from lasad_jax.config import DataConfig, build_config
 from lasad_jax.data.images import load_images
 from lasad_jax.evaluation.fit_classifier import fit_classifier, save_classifier
+from lasad_jax.sampling.run import GeneratorRun
 
 README = (ROOT / "README.md").read_text()
 PODS = (ROOT / "docs/pods.md").read_text()
@@ -92,6 +93,14 @@ def test_runs_are_drawn_by_what_they_see(workdir):
 )
 def test_bad_requests_are_refused_in_a_line(workdir, flags, message):
     assert re.search(message, run(f"sample --workdir={workdir} {flags}", fails=True))
+
+
+def test_parameters_are_read_only_for_drawing(workdir, monkeypatch):
+    read = []
+    monkeypatch.setattr("lasad_jax.sampling.run.restore_parameters", lambda *a, **k: read.append(a))
+    generator = GeneratorRun.open(workdir)
+    assert generator.step == 4 and not read
+    assert generator.params is None and len(read) == 1
 
 
 def test_python_in_the_readme_runs():

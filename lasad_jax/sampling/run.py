@@ -4,7 +4,7 @@ number of jobs drawn from it."""
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -23,7 +23,7 @@ from lasad_jax.sampling.decode import sample_batches
 from lasad_jax.sampling.job import Job, digest, draw_parts, fingerprint
 from lasad_jax.sampling.pictures import image_grid
 from lasad_jax.training import sharding
-from lasad_jax.training.checkpoints import restore_parameters
+from lasad_jax.training.checkpoints import find_step, restore_parameters
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,20 +33,20 @@ class GeneratorRun:
     Attributes:
       config: of the run.
       mesh: all devices, which have `params`.
-      params: of its generator.
-      step: of their checkpoint.
+      step: of the parameters' checkpoint.
       raw: they are the parameters themselves, not their average.
       codec: from codes to images and back.
       class_names: one for each class, if the run has stored them.
+      read: gives the parameters.
     """
 
     config: Config
     mesh: Mesh
-    params: PyTree
     step: int
     raw: bool
     codec: Codec
     class_names: tuple[str, ...] | None
+    read: Callable[[], PyTree]
 
     @classmethod
     def open(cls, workdir: Path, *, step: int | None = None, raw: bool = False) -> "GeneratorRun":
@@ -59,10 +59,9 @@ class GeneratorRun:
         workdir = Path(workdir)
         config = load_config(workdir)
         codec, class_names = load_run_codec(config.data, workdir), load_class_names(workdir)
-        mesh = sharding.make_mesh(config.mesh)
-        with _on(mesh):
-            params, step = restore_parameters(config, workdir, mesh, step=step, raw=raw)
-        return cls(config, mesh, params, step, raw, codec, class_names)
+        mesh, step = sharding.make_mesh(config.mesh), find_step(workdir, step)
+        read = functools.partial(restore_parameters, config, workdir, mesh, step, raw=raw)
+        return cls(config, mesh, step, raw, codec, class_names, read)
 
     @classmethod
     def open_export(cls, folder: Path) -> "GeneratorRun":
@@ -78,7 +77,13 @@ class GeneratorRun:
             config = dataclasses.replace(config, model=model)
         codec = TokenizerCodec(*tokenizer) if tokenizer else PixelCodec(config.data.levels)
         mesh = sharding.make_mesh(config.mesh)
-        return cls(config, mesh, params, 0, False, codec, class_names)
+        return cls(config, mesh, 0, False, codec, class_names, lambda: params)
+
+    @functools.cached_property
+    def params(self) -> PyTree:
+        """Of the generator; read when first asked for, so that bad requests are refused before."""
+        with _on(self.mesh):
+            return self.read()
 
     @functools.cached_property
     def image_shape(self) -> tuple[int, int, int]:

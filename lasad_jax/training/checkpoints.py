@@ -177,16 +177,8 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:300]}"
 
 
-def restore_parameters(
-    config: Config, workdir: Path, mesh: Mesh, *, step: int | None = None, raw: bool = False
-) -> tuple[PyTree, int]:
-    """The parameters of a generator's run and the step they are of.
-
-    Args:
-      config: of the run in `workdir`.
-      mesh: where the parameters will live.
-      step: of the checkpoint; by default the best by held-out loss.
-      raw: the parameters themselves, even where there is their average.
+def find_step(workdir: Path, step: int | None = None) -> int:
+    """The checkpoint of a run that is meant: `step`, or the best by held-out loss.
 
     Raises:
       ValueError: if there is no such checkpoint.
@@ -197,8 +189,22 @@ def restore_parameters(
         raise ValueError(
             f"step: {step} has no checkpoint in {workdir}; there are {checkpoints.steps()}"
         )
-    state = checkpoints.restore(step, abstract_state(config, mesh))
-    return (state.params if raw else state.best_params), step
+    return step
+
+
+def restore_parameters(
+    config: Config, workdir: Path, mesh: Mesh, step: int, *, raw: bool = False
+) -> PyTree:
+    """The parameters of a generator's run.
+
+    Args:
+      config: of the run in `workdir`.
+      mesh: where the parameters will live.
+      step: from `find_step`.
+      raw: the parameters themselves, even where there is their average.
+    """
+    state = Checkpoints(workdir, read_only=True).restore(step, abstract_state(config, mesh))
+    return state.params if raw else state.best_params
 
 
 def check_config(config: RunConfig, workdir: Path) -> None:
