@@ -22,6 +22,7 @@ from absl import flags
 from lasad_jax.command import run
 from lasad_jax.config import Config
 from lasad_jax.data.tokens import Codec
+from lasad_jax.evaluation.image_files import FileImages
 from lasad_jax.sampling.decode import balanced_labels
 from lasad_jax.sampling.flags import BATCH, RAW, SEED, STEP, sampling_fields
 from lasad_jax.sampling.run import GeneratorRun
@@ -117,25 +118,17 @@ def _num(num_classes: int) -> int:
 def _given(
     config: Config, codec: Codec, path: Path, default_labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    if not path.exists():
-        raise FileNotFoundError(f"complete: {path} does not exist")
-    with np.load(path) as file:
-        if "arr_0" not in file:
-            raise ValueError(
-                f"complete: {path} has no array arr_0, only {', '.join(file) or 'none'}; save "
-                "uint8 images (N, H, W, channels) under it"
-            )
-        images = file["arr_0"]
-        labels = file.get("arr_1")
+    images = FileImages("complete", path)
+    labels = images.labels
     if _CLASSES.value is not None or labels is None:
         labels = default_labels
     rows, (num_rows, num_columns) = _ROWS.value, config.model.grid
     if rows is None or not 0 <= rows <= num_rows:
         raise ValueError(f"rows: {rows} must be 0 to {num_rows}, the rows of --complete to keep")
     num = min(len(images), len(labels), _NUM.value or _ABOUT)
-    tokens = codec.encode(images[:num])
+    tokens = codec.encode(images.read(0, num))
     if tokens.shape[1] != config.model.num_tokens:
-        raise ValueError(f"complete: images of {images.shape[1:3]} do not fit {config.model.grid}")
+        raise ValueError(f"complete: images of {images.shape[:2]} do not fit {config.model.grid}")
     return labels[:num], tokens[:, : rows * num_columns]
 
 

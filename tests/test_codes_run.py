@@ -134,7 +134,7 @@ def test_pictures_to_complete_under_another_name_are_refused_in_a_line(trained, 
     path = trained / "named.npz"
     np.savez(path, pictures=given[0])
     said = sample(trained, f"--complete={path}", "--rows=1", fails=True)
-    assert "named.npz has no array arr_0, only pictures" in said
+    assert "named.npz: images are expected as arr_0" in said and "['pictures']" in said
 
 
 def test_a_class_that_does_not_exist_is_refused_in_a_line(trained):

@@ -88,7 +88,8 @@ def test_runs_are_drawn_by_what_they_see(workdir):
         ("--step=3", r"step: 3 has no checkpoint .* \[2, 4\]"),
         ("--top_p=2", "sampling.top_p: 2.0 must be in"),
         ("--rows=3 stray", "unknown argument 'stray'"),
-        ("--complete=nothing.npz --rows=3", "complete: nothing.npz does not exist"),
+        (f"--complete={ROOT}/docs/demo.png --rows=3", "complete=.*demo.png.*npz"),
+        ("--complete=nothing.npz --rows=3", "complete=nothing.npz: there is no such file"),
     ],
 )
 def test_bad_requests_are_refused_in_a_line(workdir, flags, message):
