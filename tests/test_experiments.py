@@ -10,13 +10,13 @@ import sys
 import pytest
 from tiny import tiny_config
 
+from lasad_jax.benchmarks.mixer_names import model_fields
 from lasad_jax.experiments.arms import (
     ARMS,
     DEFAULT,
     SOFTMAX,
     SOFTMAX_CONV,
     TASKS,
-    model_fields,
     trials,
 )
 from lasad_jax.experiments.jobs import Job, of_task, work_off

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from absl import flags
 from jaxtyping import Array, Int
 
+from lasad_jax.benchmarks.mixer_names import model_fields
 from lasad_jax.benchmarks.tables import check_known
-from lasad_jax.experiments.arms import model_fields
 from lasad_jax.models import SIZES, ModelConfig
 
 # The baseline first: LASAD's row then has something to be compared with.

@@ -42,10 +42,11 @@ def rate_rows(results: Sequence[Result], others: Sequence[Result]) -> list[dict]
     """A row for each learning rate of those arms of one task that are among the others, which
     ran at other rates than the results."""
     numbers = {"bits": lambda result: result.bits, "train_bits": lambda result: result.train_bits}
+    every = by_arm([*results, *others])
     return [
         {"arm": arm, "rate": rate} | _row(of_rate, numbers)
         for arm in by_arm(others)
-        for rate, of_rate in by_rate(by_arm([*results, *others])[arm]).items()
+        for rate, of_rate in by_rate(every[arm]).items()
     ]
 
 
