@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
-from lasad_jax.ops.numerics import accumulator, wide
+from lasad_jax.ops.numerics import wide
 from lasad_jax.ops.product import product
 
 Axes = str | tuple[str, ...] | None
@@ -138,13 +138,9 @@ def _fused_backward(forward, backward, residuals, d_out):
     matrix, d_out = kernel.reshape(-1, kernel.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
     d_h = jax.lax.dot_general(d_out, matrix, (((1,), (1,)), ((), ())))
     *d_inputs, h = backward(*inputs, d_h.reshape(*lead, *kernel.shape[:-1]))
-    d_kernel = jax.lax.dot_general(
-        h.reshape(d_h.shape),
-        d_out,
-        (((0,), (0,)), ((), ())),
-        preferred_element_type=accumulator(kernel.dtype),
-    )
-    return tuple(d_inputs), d_kernel.astype(kernel.dtype).reshape(kernel.shape)
+    # In the kernel's dtype, as of other products: half the bytes to add up over devices.
+    d_kernel = jax.lax.dot_general(h.reshape(d_h.shape), d_out, (((0,), (0,)), ((), ())))
+    return tuple(d_inputs), d_kernel.reshape(kernel.shape)
 
 
 fused.defvjp(_fused_forward, _fused_backward)
