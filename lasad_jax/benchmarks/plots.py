@@ -82,31 +82,40 @@ def draw_along(rows: Sequence[dict], memory: Sequence[dict], device: str, path: 
 def draw_efficiency(
     training: Sequence[dict], drawing: Sequence[dict], device: str, path: Path
 ) -> None:
-    """Efficiency over the number of devices, and what share of a step communication adds to it."""
-    figure = new_figure(12, 4.5)
+    """Efficiency over the number of devices, and what share of a step communication adds to it.
+
+    Rows with flags of the compiler are dashed, in the colour of their run.
+    """
+    figure = new_figure(13, 4.5)
     left, right = figure.subplots(1, 2)
-    named = [(" ".join((row["run"], row["flags"])).strip(), row) for row in training]
     usual = lambda row: (row["dtype"], row["temperature"]) == ("bfloat16", 1)
-    drawn = [(f"drawing {row['case']}", row) for row in drawing if usual(row)]
-    several = lambda row, field: row["devices"] > 1 and row.get(field) is not None
-    for axes, field, start, rows in (
-        (left, "efficiency", 100.0, [*named, *drawn]),
-        (right, "exposed", 0.0, named),
-    ):
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for name, row in rows:
-            if several(row, field):
-                lines.setdefault(name, [(1, start)]).append((row["devices"], 100 * row[field]))
-        for name, points in lines.items():
-            axes.plot(*zip(*sorted(points), strict=True), "o-", label=name)
-        counts = sorted({1, *(row["devices"] for _, row in rows)})
+    drawn = [row | {"run": f"drawing {row['case']}", "flags": ""} for row in drawing if usual(row)]
+    rows = [*training, *drawn]
+    colours = {run: f"C{i}" for i, run in enumerate(dict.fromkeys(row["run"] for row in rows))}
+    for axes, field, start in ((left, "efficiency", 100.0), (right, "exposed", 0.0)):
+        lines: dict[tuple[str, str], list[tuple[int, float]]] = {}
+        for row in rows:
+            if row["devices"] > 1 and row.get(field) is not None:
+                points = lines.setdefault((row["run"], row["flags"]), [(1, start)])
+                points.append((row["devices"], 100 * row[field]))
+        for (run, flags), points in lines.items():
+            style = {"color": colours[run], "linestyle": "--" if flags else "-"}
+            label = f"{run} {flags}".strip()
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label, **style)
+        counts = sorted({1, *(row["devices"] for row in rows)})
         axes.set_xscale("log", base=2)
         axes.set_xticks(counts, counts)
         axes.set(xlabel="devices")
     left.set(ylabel="images/s of a device, % of one alone")
     right.set(ylabel="% of a step in collectives that nothing hides")
+    _finish(left, from_zero=False)
+    _finish(right)
+    # One for both: few runs are on the left alone.
     for axes in (left, right):
-        _finish(axes)
+        if legend := axes.get_legend():
+            legend.remove()
+    if left.get_lines():
+        figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(device)
     save(figure, path)
 
