@@ -230,7 +230,7 @@ def test_time_along_the_sequence_is_that_of_each_place(parse, monkeypatch):
     def begin(config, weights, labels):
         return jnp.zeros((len(labels), 4)), {"index": jnp.zeros((), jnp.int32)}
 
-    def decode(config, weights, tokens, cache):
+    def decode(config, weights, tokens, cache, *, implementation):
         sleep = lambda index: (time.sleep(0.05 if index >= 6 else 0.0), index + 1)[1]
         index = jax.pure_callback(sleep, cache["index"], cache["index"])
         return jnp.zeros((len(tokens), 4)) + index, {"index": index}
@@ -310,7 +310,7 @@ def test_agreement_tells_other_codes_from_other_seeds(run_main, tmp_path, monkey
     if warmer:
         decode = decoder.decode
         warm = lambda logits, cache: (logits / 2, cache)
-        monkeypatch.setattr(decoder, "decode", lambda *args: warm(*decode(*args)))
+        monkeypatch.setattr(decoder, "decode", lambda *args, **how: warm(*decode(*args, **how)))
     cases = ["--cases=tiny:8x2x4", "--mixers=lasad", "--along=", "--agreement=2000"]
     run_main(sampling, *FEW, *cases, f"--out={tmp_path}")
     (row,) = json.loads((tmp_path / "sampling.json").read_text())["agreement"]

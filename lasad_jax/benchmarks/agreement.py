@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PyTree
 
-from lasad_jax.benchmarks import plain
+from lasad_jax.benchmarks import decoding, plain
 from lasad_jax.benchmarks.compiling import compile_all, compiled
 from lasad_jax.benchmarks.generators import GeneratorCase, random_batch
 from lasad_jax.benchmarks.tables import one_line
@@ -92,7 +92,8 @@ def _trained(case: GeneratorCase, mixer: str) -> PyTree:
 
 def _last_logits(config: ModelConfig, params: PyTree, batch: int) -> dict[str, Float[Array, "B V"]]:
     """Logits of the last code by the plain path, the fast one, and the plain one in float32."""
-    weights = jax.jit(functools.partial(decoder.prepare, config))(params)
+    prepare = functools.partial(decoder.prepare, config, implementation=decoding.DECODER.value)
+    weights = jax.jit(prepare)(params)
     images = random_batch(config, batch, _STEPS)
     paths = {
         "plain": (_read_plain, params),
@@ -113,7 +114,7 @@ def _read_fast(
 ) -> Float[Array, "B V"]:
     given, rest = _halves(images["tokens"])
     carry = decoder.prefill(config, weights, images["labels"], given)
-    step = lambda carry, codes: (decoder.decode(config, weights, codes, carry[1]), None)
+    step = lambda carry, codes: (decoding.step(config, weights, codes, carry[1]), None)
     return jax.lax.scan(step, carry, rest.T)[0][0]
 
 

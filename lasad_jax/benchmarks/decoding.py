@@ -1,6 +1,7 @@
 """How the benchmark draws images: with guidance, from nothing but their classes."""
 
 import jax.numpy as jnp
+from absl import flags
 from jaxtyping import Array, Float, Int, Key
 
 from lasad_jax.config import SamplingConfig
@@ -9,6 +10,12 @@ from lasad_jax.models.decoder import Cache, Weights
 from lasad_jax.sampling.decode import generate
 
 GUIDANCE = 2.0
+DECODER = flags.DEFINE_enum(
+    "decoder",
+    "auto",
+    decoder.IMPLEMENTATIONS,
+    "Form of the decoder; softmax has no other than xla.",
+)
 
 
 def draw_images(
@@ -16,7 +23,8 @@ def draw_images(
 ) -> Int[Array, "B N"]:
     """All codes of images, with guidance."""
     given = jnp.zeros((len(labels), 0), jnp.int32)
-    return generate(config, weights, labels, keys, given, SamplingConfig(guidance=GUIDANCE))
+    sampling = SamplingConfig(guidance=GUIDANCE)
+    return generate(config, weights, labels, keys, given, sampling, DECODER.value)
 
 
 def begin(
@@ -24,3 +32,10 @@ def begin(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of the first code, and the cache to go on from."""
     return decoder.prefill(config, weights, labels, jnp.zeros((len(labels), 0), jnp.int32))
+
+
+def step(
+    config: ModelConfig, weights: Weights, tokens: Int[Array, " B"], cache: Cache
+) -> tuple[Float[Array, "B V"], Cache]:
+    """Logits of the code after `tokens`, and the cache to go on from."""
+    return decoder.decode(config, weights, tokens, cache, implementation=DECODER.value)

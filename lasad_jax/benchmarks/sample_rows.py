@@ -23,7 +23,8 @@ _ROWS_PER_IMAGE = 2  # guidance: with the class and without
 
 @functools.partial(jax.jit, static_argnums=0)
 def _make_weights(config: ModelConfig) -> Weights:
-    return decoder.prepare(config, unbox(init_parameters(config, jax.random.key(0))))
+    params = unbox(init_parameters(config, jax.random.key(0)))
+    return decoder.prepare(config, params, decoding.DECODER.value)
 
 
 def _make_inputs(case: GeneratorCase, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -95,7 +96,7 @@ def lower_along(case: GeneratorCase, mixer: str, length: int) -> jax.stages.Lowe
 
     def segment(weights, tokens, cache):
         def step(carry, _):
-            logits, cache = decoder.decode(config, weights, *carry)
+            logits, cache = decoding.step(config, weights, *carry)
             return (jnp.argmax(logits, axis=-1), cache), None
 
         return jax.lax.scan(step, (tokens, cache), None, length)[0]

@@ -9,6 +9,7 @@ the time of a token along the sequence, a third the memory over its length. docs
 how to read them.
 
     --agreement=2048  also: so many codes drawn after each image, by the plain path and fast
+    --decoder=mosaic  by another form of the decoder, for LASAD alone (--mixers=lasad)
 """
 
 import functools
@@ -45,7 +46,7 @@ _ALONG = flags.DEFINE_string(
 _AGREEMENT = flags.DEFINE_integer(
     "agreement", 0, "Codes to draw after each image of the first case, by both paths.", 0
 )
-for module in (results, generators):
+for module in (results, generators, decoding):
     flags.adopt_module_key_flags(module)
 
 # First whole batches, then the latency of one image.

@@ -26,6 +26,7 @@ def generate(
     keys: Key[Array, " B"],
     given: Int[Array, "B n"],
     sampling: SamplingConfig,
+    implementation: str = "auto",
 ) -> Int[Array, "B N"]:
     """Draws images code by code.
 
@@ -36,6 +37,7 @@ def generate(
       keys: one per image, so that an image does not depend on its neighbours in the batch.
       given: the first n codes of each image, kept as they are; n may be 0.
       sampling: guidance and filters.
+      implementation: form of the decoder, for which `weights` were prepared.
 
     Returns:
       all N = R * C codes of each image.
@@ -58,7 +60,9 @@ def generate(
     def next_token(carry, token):
         logits, cache = carry
         chosen = choose(logits, token)
-        logits, cache = decoder.decode(model_config, weights, double(chosen), cache)
+        logits, cache = decoder.decode(
+            model_config, weights, double(chosen), cache, implementation=implementation
+        )
         return (logits, cache), chosen
 
     if num_given == num_tokens:

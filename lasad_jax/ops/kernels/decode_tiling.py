@@ -21,9 +21,9 @@ _BARRIERS = 2048  # bytes kept for barriers and alignment
 _MOST_STAGES = 32
 
 # What a choice is made by, in KB and products per microsecond; one wave at a time.
-_L2 = 7000.0  # of all multiprocessors
-_INTAKE = 90.0  # of one
-_PRODUCTS = 3.4e6  # of one: multiplications and additions
+L2 = 7000.0  # of all multiprocessors
+INTAKE = 90.0  # of one
+PRODUCTS = 3.4e6  # of one: multiplications and additions
 _START, _CLUSTER = 2.5, 0.2  # microseconds of each launch that has them
 _EXCHANGE = 0.12  # for each KB of sums that a program receives from the others of its split
 _SQUARES = 0.001  # for each input of 64 normalised rows
@@ -107,9 +107,9 @@ class Tiling:
         programs = down * across * self.programs_of_cluster
         waves = -(-programs // _PLACES[self.programs_of_cluster])
         inputs = self.steps(K) * self.depth
-        read = programs * inputs * (self.rows / n + self.columns / m) * 2e-3 / _L2
-        taken = waves * inputs * (self.rows + self.columns) * 2e-3 / _INTAKE
-        multiplied = waves * self.rows * self.columns * inputs / _PRODUCTS
+        read = programs * inputs * (self.rows / n + self.columns / m) * 2e-3 / L2
+        taken = waves * inputs * (self.rows + self.columns) * 2e-3 / INTAKE
+        multiplied = waves * self.rows * self.columns * inputs / PRODUCTS
         extra = (m * n > 1) * _CLUSTER
         if self.split > 1:
             extra += self.rows * self.columns * 4e-3 * _EXCHANGE
@@ -118,12 +118,14 @@ class Tiling:
         return _START + max(read, taken, multiplied) + extra
 
 
-def pair_width(F: int) -> int:
-    """Columns of gate, then of up, at a time in `interleave`: 32 if that divides F."""
-    return math.gcd(F, PAIR)
+def pair_width(F: int, pair: int = PAIR) -> int:
+    """Columns of gate, then of up, at a time in `interleave`: `pair` if that divides F."""
+    return math.gcd(F, pair)
 
 
-def interleave(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... 2*F"]:
+def interleave(
+    gate: Float[Array, "... F"], up: Float[Array, "... F"], pair: int = PAIR
+) -> Float[Array, "... 2*F"]:
     """Columns of both by turns, `pair_width` at a time: what gated products multiply by.
 
     Raises:
@@ -131,7 +133,7 @@ def interleave(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[
     """
     if gate.shape != up.shape:
         raise ValueError(f"gate, up: shapes {gate.shape} and {up.shape} must be equal")
-    width = pair_width(gate.shape[-1])
+    width = pair_width(gate.shape[-1], pair)
     blocks = [x.reshape(*x.shape[:-1], -1, 1, width) for x in (gate, up)]
     return jnp.concatenate(blocks, axis=-2).reshape(*gate.shape[:-1], -1)
 

@@ -1,0 +1,124 @@
+"""How the products between two mixers are cut into tiles (`decode_between`).
+
+M rows, K inputs, N outputs. A tile is 64 columns of the result, for gated products from 64 of the
+gate and 64 of up, by a number of rows.
+"""
+
+import dataclasses
+
+import jax
+
+from lasad_jax.ops.kernels.choice import device, is_hopper
+from lasad_jax.ops.kernels.decode_tiling import INTAKE, L2, PRODUCTS, SHARED_MEMORY
+
+UNIT = 64  # columns of a piece of a matrix
+DEPTH = 128  # inputs of a piece of a matrix or of rows
+CLUSTER = 2  # programs, of rows below each other, that share pieces of matrices
+# int32 that programs count each other in: of each phase, in a line of the L2 cache of its own.
+COUNTERS = (5, 32)
+# Devices known to hold a program on each, in clusters, at once: they wait for each other.
+_MULTIPROCESSORS = (132,)
+_CHANNELS = 128  # threads that a row is spread over
+_FEWEST_ROWS, _MULTIPLE = 64, 8  # as for `decode_product`
+_PIECE_BYTES = DEPTH * UNIT * 2
+_ROWS_MEMORY = 96 * 1024  # bytes for rows on their way
+_MOST_SLOTS = 32  # barriers of one kind
+_MOST_ROWS = 128  # what registers hold sums of
+_BARRIERS = 8192  # bytes kept for barriers, reductions and alignment
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product x w cut into tiles.
+
+    Attributes:
+      M, K, N: its size; N of what it gives, not of the matrix.
+      rows: of a tile.
+      units: columns that a tile is made from, in units: 2 with a gate.
+    """
+
+    M: int
+    K: int
+    N: int
+    rows: int
+    units: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Pieces of K, the last of which may be half empty."""
+        return -(-self.K // DEPTH)
+
+    @property
+    def blocks(self) -> int:
+        """Tiles above each other, in clusters; the last ones may lie below all rows."""
+        return -(-self.M // (self.rows * CLUSTER))
+
+    @property
+    def tiles(self) -> int:
+        """Of a cluster: one for each of its programs."""
+        return self.blocks * (self.N // UNIT)
+
+    @property
+    def slots(self) -> int:
+        """Pieces of rows on their way at once."""
+        return min(_ROWS_MEMORY // (self.rows * DEPTH * 2), self.steps, _MOST_SLOTS)
+
+    def cost(self, programs: int) -> float:
+        """Microseconds, roughly, on an H100 or H200."""
+        rounds = -(-self.tiles // (programs // CLUSTER))
+        weights = self.K * UNIT * self.units * 2e-3
+        loads = self.K * self.rows * 2e-3 + weights
+        read = self.tiles * (CLUSTER * (loads - weights) + weights)
+        products = self.K * max(self.rows, UNIT // 2) * UNIT * self.units
+        return max(rounds * loads / INTAKE, read / L2, rounds * products / PRODUCTS)
+
+
+def best_product(M: int, K: int, N: int, programs: int, *, gated: bool = False) -> Product:
+    """The rows that cost least; of equals, the fewest, for which a program waits least."""
+    units = 1 + gated
+    ways = [Product(M, K, N, r, units) for r in range(16, _MOST_ROWS // units + 1, 8) if r <= M]
+    return min(ways, key=lambda product: (product.cost(programs), product.rows))
+
+
+def rows_in_flight(products: tuple[Product, ...]) -> int:
+    """Rows of DEPTH inputs that shared memory holds."""
+    return max(p.rows * p.slots for p in products)
+
+
+def weight_slots(products: tuple[Product, ...]) -> int:
+    """Pieces of matrices that fit beside all else."""
+    width = products[0].N // UNIT
+    rows = max(p.rows for p in products)
+    others = rows_in_flight(products) * DEPTH * 2 + rows * (UNIT * 2 + 4 * (width + 1)) + _BARRIERS
+    return min((SHARED_MEMORY - others) // _PIECE_BYTES, _MOST_SLOTS)
+
+
+def num_programs() -> int | None:
+    """Multiprocessors of the device: as many programs are at work at the same time."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if abstract is not None:
+        return abstract.num_cores
+    return getattr(jax.devices()[0], "core_count", None)
+
+
+def obstacle(rows: int, D: int, inputs_and_outputs: tuple[int, ...]) -> str | None:
+    """Why a layer of D channels cannot run on this device in bf16; None if it can.
+
+    Args:
+      inputs_and_outputs: other sizes that matrices of the layer have.
+    """
+    where = device()
+    if jax.__version_info__ < (0, 11):
+        return f"it needs jax 0.11 or later, not {jax.__version__}"
+    if where.platform not in ("gpu", "cuda") or not is_hopper(where):
+        return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
+    if num_programs() not in _MULTIPROCESSORS:
+        return f"it takes one of {_MULTIPROCESSORS} multiprocessors, not {num_programs()}"
+    if rows < _FEWEST_ROWS or rows % _MULTIPLE:
+        return f"it takes a multiple of {_MULTIPLE} rows, at least {_FEWEST_ROWS}, not {rows}"
+    if D % _CHANNELS or any(size % UNIT or size < DEPTH for size in inputs_and_outputs):
+        return (
+            f"it takes a width that is a multiple of {_CHANNELS} and other multiples of {UNIT}, "
+            f"at least {DEPTH}, not {D} and {inputs_and_outputs}"
+        )
+    return None

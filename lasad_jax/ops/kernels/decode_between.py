@@ -1,0 +1,295 @@
+"""All of a decoder's layer between two mixers in one launch, on Hopper.
+
+    x <- x + mixed out                          products
+    y  = local convolution of x / rms(x)        rows
+    x <- x + swiglu(y gate_up) down             products
+    projection = (x / rms(x)) projection        product, for the next layer's mixer
+
+A Mosaic GPU kernel for bf16: one program per multiprocessor goes through these phases. Each takes
+its tiles (`between_tiling`) of a phase as soon as all programs are done with the one before
+(`grid_barrier`). Matrices depend on no phase: a warpgroup of its own loads them as far ahead as
+shared memory reaches, over phases. Tensor cores take their pieces as the left operand and rows as
+the right one, so that a tile may have any multiple of eight rows.
+
+B images, D channels, V values of all heads, F hidden channels, E columns of the projection.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Int
+
+from lasad_jax.ops.kernels import grid_barrier
+from lasad_jax.ops.kernels.between_pipeline import TRANSPOSED, Pipeline, scratch_types
+from lasad_jax.ops.kernels.between_tiling import (
+    CLUSTER,
+    UNIT,
+    best_product,
+    num_programs,
+)
+from lasad_jax.ops.kernels.mosaic_tiles import COLUMN, TILE, transposed
+
+# What is done of a layer when everybody has signalled it, in this order; then programs leave.
+MIXED, CONVOLVED, HIDDEN, ADDED = PHASES = range(4)
+# Warpgroups of a program.
+_MULTIPLY, _LOAD_ROWS, _LOAD_WEIGHTS = range(3)
+_MOST_ROWS = 8  # that a warpgroup convolves at once
+
+
+@functools.partial(
+    jax.jit, static_argnames=("offsets", "columns", "epsilon", "programs", "interpret")
+)
+def between(
+    mixed: BFloat16[Array, "B V"],
+    x: BFloat16[Array, "B D"],
+    recent: BFloat16[Array, "B W D"],
+    index: Int[Array, ""],
+    counters: Int[Array, "counters stride"],
+    *,
+    out: BFloat16[Array, "V D"],
+    taps: BFloat16[Array, "taps D"],
+    gate_up: BFloat16[Array, "D 2*F"],
+    down: BFloat16[Array, "F D"],
+    projection: BFloat16[Array, "D E"] | None,
+    offsets: tuple[tuple[int, int], ...],
+    columns: int,
+    epsilon: float,
+    programs: int | None = None,
+    interpret: bool = False,
+) -> tuple[
+    BFloat16[Array, "B D"],
+    BFloat16[Array, "B E"] | None,
+    BFloat16[Array, "B W D"],
+    Int[Array, "counters stride"],
+]:
+    """From the output of a layer's heads to the next layer's projection.
+
+    Args:
+      mixed: gated output of all heads, of a token after `index` others.
+      x: the residual stream before the mixer.
+      recent: ring of the newest inputs of the convolution, slot i % W for token i; updated
+        in place.
+      index: number of tokens before this one, the one prefix token included.
+      counters: of shape COUNTERS, zeros before and after; updated in place.
+      out, gate_up, down, projection: matrices, the norms' scales in their rows; gate_up has by
+        turns 64 columns of gate and of up. projection is the next layer's, or None.
+      taps: a weight per channel for each of `offsets`, (rows down, columns right) of the
+        neighbour, of which the first is the token itself.
+      columns: of the grid.
+      epsilon: of both norms.
+      programs: at most as many as there are multiprocessors; None for that many.
+
+    Returns:
+      x, the projection if there is one, recent and counters. x is rounded once per sum.
+    """
+    recent, counters = jax.new_ref(recent), jax.new_ref(counters)
+    launch = _kernel(
+        tuple(a if a is None else a.shape for a in (mixed, recent, out, gate_up, projection)),
+        offsets=offsets,
+        columns=columns,
+        epsilon=epsilon,
+        programs=programs or num_programs(),
+        interpret=interpret,
+    )
+    # A loop's own counter is of a weak type, which kernels cannot divide.
+    index = index.astype(jnp.int32)[None]
+    matrices = [w for w in (out, gate_up, down, projection) if w is not None]
+    x, *results = launch(mixed, x, index, taps, *matrices, recent, counters)
+    projected = results[-1] if projection is not None else None
+    return x, projected, jax.freeze(recent), jax.freeze(counters)
+
+
+def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
+    (M, V), (_, window, D), _, (_, both), last = shapes
+    programs -= programs % CLUSTER
+    sizes = [(V, D, False), (D, both // 2, True), (both // 2, D, False)]
+    if last is not None:
+        sizes.append((*last, False))
+    products = tuple(best_product(M, K, N, programs, gated=gated) for K, N, gated in sizes)
+    # Copies of squares are not clipped at the last row.
+    padded = max(p.blocks * CLUSTER * p.rows for p in products)
+    bf16, f32 = jnp.bfloat16, jnp.float32
+
+    def body(*refs):
+        mixed, x, index_ref, taps, *refs = refs
+        matrices, refs = refs[: len(products)], refs[len(products) :]
+        recent, counters, added, middle, middle_squares, y, hidden, squares, *refs = refs
+        projected, refs = (refs[0], refs[1:]) if last is not None else (None, refs)
+        scratch = dict(zip(scratch_of, refs, strict=True))
+        if interpret:
+            program = lax.axis_index("program")
+            cluster, rank = program // CLUSTER, lax.rem(program, CLUSTER)
+        else:
+            cluster, rank = lax.axis_index("cluster"), lax.axis_index("rank")
+            program = cluster * CLUSTER + rank
+        pipeline = Pipeline(cluster, rank, programs // CLUSTER, scratch, interpret)
+        warpgroup = lax.axis_index("wg")
+
+        def signal(phase):
+            if interpret:
+                plgpu.barrier_arrive(scratch[f"phase{phase}"])
+            else:
+                grid_barrier.signal(counters.at[phase])
+
+        def wait(phase):
+            if interpret:
+                plgpu.barrier_wait(scratch[f"phase{phase}"])
+            else:
+                grid_barrier.wait(counters.at[phase], programs)
+
+        def wait_for(product, phase):
+            """Those who have nothing to do need not wait."""
+            pl.when(pipeline.tiles(product) > 0)(functools.partial(wait, phase))
+
+        def swiglu(gate, up):
+            return gate / (1 + jnp.exp(-gate)) * up
+
+        def add(product, result, position, residual, squares):
+            """residual + x w, and each row's squares over the columns of a tile."""
+            target = pipeline.out(product)
+
+            def begin(row, column):
+                piece = residual.at[pl.ds(row, product.rows), pl.ds(column * UNIT, UNIT)]
+                plgpu.copy_gmem_to_smem(piece, target, scratch["arrived"])
+
+            def finish(value):
+                plgpu.barrier_wait(scratch["arrived"])
+                # As the result is written: each thread reads and writes the same numbers.
+                before = plgpu.load(transposed(target), layout=TRANSPOSED)
+                return value + plgpu.layout_cast(before, TILE).astype(f32)
+
+            def after(value, row, column):
+                sums = scratch["squares"].at[pl.ds(0, product.rows)]
+                sums[...] = jnp.sum(jnp.square(value.astype(f32)), axis=0)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(sums, squares.at[column, pl.ds(row, product.rows)])
+
+            return pipeline.multiply(product, result, position, finish, begin, after)
+
+        def project(product, result, position):
+            """Of rows divided by their root mean square."""
+            parts = scratch["parts"]
+
+            def begin(row, column):
+                source = squares.at[:, pl.ds(row, product.rows)]
+                plgpu.copy_gmem_to_smem(source, parts, scratch["arrived"])
+
+            def finish(value):
+                plgpu.barrier_wait(scratch["arrived"])
+                total = sum(plgpu.load(parts.at[j], layout=COLUMN) for j in range(D // UNIT))
+                scale = lax.rsqrt(total / D + epsilon)
+                return value * lax.broadcast_in_dim(scale, value.shape, [1])
+
+            pipeline.multiply(product, result, position, finish, begin)
+
+        def convolve():
+            """A few rows of a program, then as many below all programs' rows."""
+            each = min(pl.next_power_of_2(pl.cdiv(M, programs)), _MOST_ROWS)
+            index = index_ref[0]
+            grid_row, column = (index - 1) // columns, lax.rem(index - 1, columns)
+            for first in range(0, M, each * programs):
+                begin = first + each * program
+
+                @pl.when(begin < M)
+                def _(begin=begin, first=first):
+                    rows = [begin + i for i in range(each)]
+                    own, sums = 1 + _load(taps.at[0]), [None] * each
+                    # Neighbours do not wait for the token.
+                    for tap, (below, right) in enumerate(offsets[1:], 1):
+                        inside = (grid_row + below >= 0) & (column + right >= 0)
+                        inside &= column + right < columns
+                        slot = lax.rem(index + below * columns + right, window)
+                        slot = jnp.where(inside, slot, 0)
+                        weight = _load(taps.at[tap]) * inside.astype(f32)
+                        terms = [_load(recent.at[row, slot]) * weight for row in rows]
+                        sums = [b if a is None else a + b for a, b in zip(sums, terms, strict=True)]
+                    if not first:
+                        wait(MIXED)
+                    for row, total in zip(rows, sums, strict=True):
+                        square = sum(middle_squares[j, row] for j in range(D // UNIT))
+                        value = _load(middle.at[row]) * lax.rsqrt(square / D + epsilon)
+                        value = value.astype(bf16)
+                        # The oldest neighbour lies where the newest will, in the same threads.
+                        recent.at[row, lax.rem(index, window)][...] = value
+                        y.at[row][...] = (value.astype(f32) * own + total).astype(bf16)
+
+        @pl.when(warpgroup == _LOAD_WEIGHTS)
+        def _():
+            pipeline.load_weights(products, matrices)
+
+        @pl.when(warpgroup == _LOAD_ROWS)
+        def _():
+            pipeline.load_rows(products[0], mixed)
+            convolve()
+            signal(CONVOLVED)
+            sources = zip((y, hidden, added), (CONVOLVED, HIDDEN, ADDED), strict=True)
+            for before, product, (source, phase) in zip(
+                products, products[1:], sources, strict=False
+            ):
+                pipeline.rows_are_taken(before)
+                wait_for(product, phase)
+                pipeline.load_rows(product, source)
+            pipeline.rows_are_taken(products[-1])
+
+        @pl.when(warpgroup == _MULTIPLY)
+        def _():
+            mix, gate_up, down, *following = products
+            position = add(mix, middle, jnp.int32(0), x, middle_squares)
+            signal(MIXED)
+            position = pipeline.multiply(gate_up, hidden, position, swiglu)
+            signal(HIDDEN)
+            # Also for itself: another warpgroup's waiting is none of this one's.
+            wait_for(down, CONVOLVED)
+            position = add(down, added, position, middle, squares)
+            signal(ADDED)
+            for product in following:
+                wait_for(product, ADDED)
+                project(product, projected, position)
+            if not interpret:
+                grid_barrier.leave(counters, programs)
+
+    like = jax.ShapeDtypeStruct
+    out_types = [
+        like((M, D), bf16),  # x
+        like((M, D), bf16),  # x after the mixer
+        like((D // UNIT, padded), f32),  # its squares
+        like((M, D), bf16),  # y
+        like((M, both // 2), bf16),  # hidden
+        like((D // UNIT, padded), f32),  # squares of x
+    ]
+    scratch_of = scratch_types(products, interpret)
+    scratch_of["squares"] = plgpu.SMEM((max(p.rows for p in products),), f32)
+    scratch_of["arrived"] = plgpu.Barrier()
+    if last is not None:
+        out_types.append(like((M, last[1]), bf16))
+        scratch_of["parts"] = plgpu.SMEM((D // UNIT, products[3].rows), f32)
+    axes = {"grid": (programs // CLUSTER,), "grid_names": ("cluster",)}
+    axes |= {"cluster": (CLUSTER,), "cluster_names": ("rank",)}
+    if interpret:
+        # The interpreter runs the programs of a cluster at the same time, and no others.
+        axes = {"cluster": (programs,), "cluster_names": ("program",)}
+        axes["interpret"] = plgpu.InterpretGPUParams()
+        everybody = plgpu.ClusterBarrier(collective_axes=("program",))
+        scratch_of |= {f"phase{phase}": everybody for phase in PHASES}
+    body.__name__ = "decode_between"
+    return plgpu.kernel(
+        body,
+        out_type=out_types,
+        scratch_types=list(scratch_of.values()),
+        num_threads=3,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        **axes,
+    )
+
+
+def _load(ref):
+    """A row of numbers, spread over a warpgroup, in float32."""
+    (width,) = ref.shape
+    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // 128, 8))
+    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
