@@ -140,6 +140,23 @@ def prefers_triton(x: Array, implementation: str) -> bool:
     return implementation != "plain" and obstacle is None
 
 
+def mixes_heads(name: str, q: Array | jax.ShapeDtypeStruct, decay: Decay, devices: int = 1) -> bool:
+    """Whether, instead of the kernels `name`, those of `passes.mixed_heads` suit a mixer: they
+    are of one recurrence in bfloat16, in a single segment.
+
+    Args:
+      name: of what `obstacle` finds none for.
+      q: queries of all devices.
+      decay: their family.
+      devices: that images and heads are split over.
+    """
+    batch, num_tokens, heads, _ = q.shape
+    single = not isinstance(decay, ManhattanDecay) and q.dtype == jnp.bfloat16
+    return (
+        name == "triton" and single and _segments(batch * heads // devices, num_tokens // 64) == 1
+    )
+
+
 def recurrence(name: str, q: Array, v: Array, *, interpret: bool = False) -> Backend:
     """The kernels of the single recurrence for tokens like q and v.
 

@@ -9,12 +9,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from lasad_jax.ops.kernels.triton_math import Instructions
+from lasad_jax.ops.kernels.triton_math import Instructions, pairs, rotate
 from lasad_jax.ops.passes.split_heads import Heads
 
 
@@ -228,7 +227,7 @@ class _Program:
         if channels.size != self.key_dim:
             mask = jnp.broadcast_to(channels < self.key_dim, (self.tiling.rows, channels.size))
             other = 0.0
-        return _pairs(plgpu.load(ref.at[tokens[:, None], channels[None]], mask=mask, other=other))
+        return pairs(plgpu.load(ref.at[tokens[:, None], channels[None]], mask=mask, other=other))
 
     def gate_column(self, ref, width: int) -> Float[Array, "R W"]:
         """A number for each row, in the first of `width` columns of zeros."""
@@ -243,8 +242,7 @@ class _Program:
         return Instructions(self.interpret).silu(x)
 
     def silu_slope(self, x: Float[Array, "R W"]) -> Float[Array, "R W"]:
-        s = Instructions(self.interpret).sigmoid(x)
-        return s + x * s * (1.0 - s)
+        return Instructions(self.interpret).silu_slope(x)
 
 
 # All loads come first: they wait for memory together.
@@ -258,8 +256,8 @@ def _forward_kernel(y_ref, table_ref, q_ref, k_ref, v_ref, gate_ref, *, program)
     q, k = (program.load(y_ref, start, key_dim) for start in (0, key_dim))
     v = program.load(y_ref, 2 * key_dim, value_dim)
     turn = program.turn(table_ref)
-    program.store(q_ref, 0, key_dim, _rotate(program.silu(q) * program.q_scale, turn))
-    program.store(k_ref, 0, key_dim, _rotate(program.silu(k), turn))
+    program.store(q_ref, 0, key_dim, rotate(program.silu(q) * program.q_scale, turn))
+    program.store(k_ref, 0, key_dim, rotate(program.silu(k), turn))
     program.store(v_ref, 0, value_dim, v)
     if program.gated:
         plgpu.store(gate_ref.at[:], gate.astype(jnp.float32), mask=exists)
@@ -275,27 +273,10 @@ def _backward_kernel(_, d_heads_refs, y_ref, table_ref, dy_ref, *, program):
     d_q, d_k = (program.load(ref, 0, key_dim) for ref in (dq_ref, dk_ref))
     d_v = program.load(dv_ref, 0, value_dim)
     turn = program.turn(table_ref)
-    d_q = _rotate(d_q * program.q_scale, turn, back=True) * program.silu_slope(q)
-    d_k = _rotate(d_k, turn, back=True) * program.silu_slope(k)
+    d_q = rotate(d_q * program.q_scale, turn, back=True) * program.silu_slope(q)
+    d_k = rotate(d_k, turn, back=True) * program.silu_slope(k)
     program.store(dy_ref, 0, key_dim, d_q)
     program.store(dy_ref, key_dim, key_dim, d_k)
     program.store(dy_ref, 2 * key_dim, value_dim, d_v)
     if program.gated:
         program.store(dy_ref, start_of_rest, width_of_rest, d_rest)
-
-
-def _rotate(x: Float[Array, "R W"], turn, *, back: bool = False) -> Float[Array, "R W"]:
-    """Each pair (2i, 2i + 1) turned by its angle, or by minus it."""
-    if turn is None:
-        return x
-    (cos, sin), (even, odd) = turn, _pairs(x)
-    sin = -sin if back else sin
-    halves = (even * cos - odd * sin, odd * cos + even * sin)
-    return lax.concatenate([half[..., None] for half in halves], 2).reshape(x.shape)
-
-
-def _pairs(x: Float[Array, "R W"]) -> list[Float[Array, "R P"]]:
-    """Even and odd channels, which lie in the same thread's registers."""
-    rows, width = x.shape
-    halves = lax.split(x.reshape(rows, width // 2, 2), (1, 1), axis=2)
-    return [half.reshape(rows, width // 2) for half in halves]

@@ -1,4 +1,4 @@
-"""Functions of numbers as a GPU's own instructions, for kernels that issue little else."""
+"""Functions of numbers, many as a GPU's own instructions, for kernels that issue little else."""
 
 import dataclasses
 import math
@@ -35,6 +35,10 @@ class Instructions:
     def silu(self, x: Float[Array, "*S"]) -> Float[Array, "*S"]:
         return x * self.sigmoid(x)
 
+    def silu_slope(self, x: Float[Array, "*S"]) -> Float[Array, "*S"]:
+        s = self.sigmoid(x)
+        return s + x * s * (1.0 - s)
+
     def softplus(self, x: Float[Array, "*S"]) -> Float[Array, "*S"]:
         """Exact to 1e-7, not relatively: for values that are added to others."""
         log2 = self._one("lg2", jnp.log2, 1 + self.exp(-jnp.abs(x)))
@@ -54,3 +58,21 @@ class Instructions:
             result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
         )
         return out
+
+
+def rotate(x: Float[Array, "R W"], turn, *, back: bool = False) -> Float[Array, "R W"]:
+    """Each pair (2i, 2i + 1) turned by its angle, or by minus it; `turn` is `pairs` of cosines and
+    sines, or None."""
+    if turn is None:
+        return x
+    (cos, sin), (even, odd) = turn, pairs(x)
+    sin = -sin if back else sin
+    halves = (even * cos - odd * sin, odd * cos + even * sin)
+    return lax.concatenate([half[..., None] for half in halves], 2).reshape(x.shape)
+
+
+def pairs(x: Float[Array, "R W"]) -> list[Float[Array, "R P"]]:
+    """Even and odd channels, which lie in the same thread's registers."""
+    rows, width = x.shape
+    halves = lax.split(x.reshape(rows, width // 2, 2), (1, 1), axis=2)
+    return [half.reshape(rows, width // 2) for half in halves]

@@ -24,18 +24,28 @@ class Rows:
     stop: int | None
     num_prefix: int
 
-    def load(self, ref) -> Float[Array, "L D"]:
-        mask = None if self.stop is None else self._wide(self.tokens() < self.stop, ref)
-        return plgpu.load(self._window(ref), mask=mask, other=None if mask is None else 0.0)
+    def load(self, ref, columns: pl.Slice | None = None) -> Float[Array, "L D"]:
+        """The rows, zeros where they do not exist; of some columns only, if given."""
+        window, width = self._window(ref, columns)
+        mask = None if self.stop is None else self._wide(self.tokens() < self.stop, width)
+        return plgpu.load(window, mask=mask, other=None if mask is None else 0.0)
 
-    def store(self, ref, x: Float[Array, "L D"], *, prefix: bool = True) -> None:
+    def store(
+        self,
+        ref,
+        x: Float[Array, "L D"],
+        columns: pl.Slice | None = None,
+        *,
+        prefix: bool = True,
+    ) -> None:
         """Writes the rows that exist; without `prefix`, of the grid only."""
         keep = None if self.stop is None else self.tokens() < self.stop
         if not prefix and self.num_prefix:
             on_grid = self.on_grid()
             keep = on_grid if keep is None else keep & on_grid
-        mask = None if keep is None else self._wide(keep, ref)
-        plgpu.store(self._window(ref), x.astype(ref.dtype), mask=mask)
+        window, width = self._window(ref, columns)
+        mask = None if keep is None else self._wide(keep, width)
+        plgpu.store(window, x.astype(ref.dtype), mask=mask)
 
     def tokens(self) -> Int[Array, " L"]:
         return self.first + jnp.arange(self.length)
@@ -50,11 +60,12 @@ class Rows:
         p = jnp.arange(scores.shape[1])
         return jnp.where(self.tokens()[:, None] >= p[None, :], scores, 0.0)
 
-    def _window(self, ref):
-        return ref.at[pl.ds(self.first, self.length), :]
+    def _window(self, ref, columns):
+        columns = columns or pl.ds(0, ref.shape[1])
+        return ref.at[pl.ds(self.first, self.length), columns], columns.size
 
-    def _wide(self, mask, ref):
-        return jnp.broadcast_to(mask[:, None], (self.length, ref.shape[1]))
+    def _wide(self, mask, width: int):
+        return jnp.broadcast_to(mask[:, None], (self.length, width))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,21 +128,25 @@ def prefix_rows(num_prefix: int) -> int:
     return max(_SMALLEST_TILE, pl.next_power_of_2(num_prefix))
 
 
-def prefix_tile(ref, num_prefix: int) -> Array:
+def prefix_tile(ref, num_prefix: int, columns: pl.Slice | None = None) -> Array:
     """The prefix rows of a token array, and zeros below, up to a size that can be multiplied."""
+    columns = columns or pl.ds(0, ref.shape[1])
     row = jnp.arange(prefix_rows(num_prefix))[:, None]
-    tile = jnp.zeros((row.shape[0], ref.shape[1]), ref.dtype)
+    tile = jnp.zeros((row.shape[0], columns.size), ref.dtype)
     for p in range(num_prefix):
-        tile = jnp.where(row == p, ref[p][None, :], tile)
+        tile = jnp.where(row == p, ref[p, columns][None, :], tile)
     return tile
 
 
-def store_prefix(ref, tile: Float[Array, "p D"], program: "Program") -> None:
+def store_prefix(
+    ref, tile: Float[Array, "p D"], program: "Program", columns: pl.Slice | None = None
+) -> None:
     """Writes the prefix rows of a token array, in the segment that they belong to."""
     row = jnp.arange(tile.shape[0])
     here = (row < program.num_prefix) & (row < ref.shape[0]) & program.first_segment
     # Not from a plain 0: JAX refuses constant windows that are longer than few tokens.
-    window = ref.at[pl.ds(program.rows(0).first, tile.shape[0]), :]
+    columns = columns or pl.ds(0, ref.shape[1])
+    window = ref.at[pl.ds(program.rows(0).first, tile.shape[0]), columns]
     plgpu.store(window, tile.astype(ref.dtype), mask=jnp.broadcast_to(here[:, None], tile.shape))
 
 
