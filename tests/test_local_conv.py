@@ -90,11 +90,15 @@ def test_the_plain_form_is_a_loop_over_neighbours(grid, num_prefix, num_tokens, 
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("tiling", [None, Tiling(4, 32, segments=3)])
+@pytest.mark.parametrize("how", ["rows", "tiles", Tiling(4, 32, segments=3)], ids=str)
 @pytest.mark.parametrize(("grid", "num_prefix", "num_tokens", "width"), CASES)
-def test_kernels_are_a_loop_over_neighbours(grid, num_prefix, num_tokens, width, tiling, dtype):
+def test_kernels_are_a_loop_over_neighbours(
+    grid, num_prefix, num_tokens, width, how, dtype, monkeypatch
+):
     args, d_y = inputs(grid, num_prefix, num_tokens, width)
-    both = kernels(columns=grid[1], num_prefix=num_prefix, tiling=tiling, interpret=True)
+    monkeypatch.setattr(module, "_NARROW", 99 if how == "rows" else 0)
+    tiling = {} if isinstance(how, str) else {"tiling": how}
+    both = kernels(columns=grid[1], num_prefix=num_prefix, **tiling, interpret=True)
     run = quick_jit(functools.partial(results, lambda *args: fused(*args, *both)))
     want = oracle(*args, d_y, grid, num_prefix)
     args, d_y = cast(args, d_y, dtype)

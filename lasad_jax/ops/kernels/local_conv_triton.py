@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from lasad_jax.ops.kernels.triton_math import Instructions
 from lasad_jax.ops.passes.local_conv import TAPS, neighbour
 
 
@@ -207,18 +208,7 @@ class _Program:
         return jnp.zeros((self.tiling.tokens, self.tiling.channels), jnp.float32)
 
     def fma(self, x, y, total) -> Float[Array, "T W"]:
-        """x * y + total. Left to the compiler it would be two instructions, a multiply and an add,
-        and these kernels have few others."""
-        if self.interpret:
-            return x * y + total
-        (out,) = plgpu.elementwise_inline_asm(
-            "fma.rn.f32 $0, $1, $2, $3;",
-            args=[jnp.broadcast_to(z, total.shape) for z in (x, y, total)],
-            constraints="=f,f,f,f",
-            pack=1,
-            result_shape_dtypes=[jax.ShapeDtypeStruct(total.shape, jnp.float32)],
-        )
-        return out
+        return Instructions(self.interpret).fma(x, y, total)
 
     def store_sums(self, ref, taps: list[Float[Array, "T W"]]) -> None:
         for tap, x in enumerate(taps):

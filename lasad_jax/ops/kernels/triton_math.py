@@ -44,6 +44,19 @@ class Instructions:
         log2 = self._one("lg2", jnp.log2, 1 + self.exp(-jnp.abs(x)))
         return jnp.maximum(x, 0.0) + math.log(2) * log2
 
+    def fma(self, x, y, total: Float[Array, "*S"]) -> Float[Array, "*S"]:
+        """x * y + total, where the compiler would make a multiply and an add of it."""
+        if self.interpret:
+            return x * y + total
+        (out,) = plgpu.elementwise_inline_asm(
+            "fma.rn.f32 $0, $1, $2, $3;",
+            args=[jnp.broadcast_to(z, total.shape) for z in (x, y, total)],
+            constraints="=f,f,f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(total.shape, jnp.float32)],
+        )
+        return out
+
     def _one(self, name: str, plain, x: Array) -> Array:
         if self.interpret:
             return plain(x)

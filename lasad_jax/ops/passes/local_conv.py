@@ -17,18 +17,20 @@ from jaxtyping import Array, Bool, Float, Int
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.numerics import wide
 
-_REACH = 2
+REACH = 2
+# Columns of which three rows fit into registers.
+_NARROW = 24
 # Rows down and columns to the right of each tap: itself, then all earlier ones from its own row
 # upwards.
 TAPS = (
-    *((0, -right) for right in range(_REACH + 1)),
-    *((-up, right) for up in range(1, _REACH + 1) for right in range(-_REACH, _REACH + 1)),
+    *((0, -right) for right in range(REACH + 1)),
+    *((-up, right) for up in range(1, REACH + 1) for right in range(-REACH, REACH + 1)),
 )
 
 
 def num_recent(columns: int) -> int:
     """How many tokens lie between a token and its furthest tap, that one counted."""
-    return _REACH * columns + _REACH
+    return REACH * columns + REACH
 
 
 def neighbour(
@@ -129,10 +131,13 @@ def local_conv(
     return fused(x, kernel, forward, backward)
 
 
-def kernels(**options) -> tuple[Callable, Callable]:
-    """The forward and backward kernel."""
+def kernels(*, columns: int, **options) -> tuple[Callable, Callable]:
+    """The forward and backward kernel; those of narrow grids take no tiling."""
     # Imported when first used: it needs a part of Pallas that not every installation has.
-    module = importlib.import_module("lasad_jax.ops.kernels.local_conv_triton")
+    narrow = columns <= _NARROW and "tiling" not in options
+    name = "local_conv_rows_triton" if narrow else "local_conv_triton"
+    module = importlib.import_module(f"lasad_jax.ops.kernels.{name}")
+    options["columns"] = columns
     return tuple(functools.partial(way, **options) for way in (module.forward, module.backward))
 
 
