@@ -12,7 +12,14 @@ from tiny import initial_parameters
 
 from lasad_jax.models import LASADGen, ModelConfig, layers
 from lasad_jax.ops.kernels import choice
-from lasad_jax.ops.passes import add_norm, gated_products, local_conv, row_losses, split_heads
+from lasad_jax.ops.passes import (
+    add_norm,
+    gated_products,
+    local_conv,
+    mixed_heads,
+    row_losses,
+    split_heads,
+)
 from lasad_jax.training.cross_entropy import mean_loss
 
 EPSILON = 1e-5
@@ -144,8 +151,9 @@ def rotated(x, rows, columns):
 def kernels_without_a_gpu(monkeypatch):
     """All of Triton's kernels, interpreted; memory that none has written is NaN."""
     monkeypatch.setattr(choice, "device", lambda: choice.Device("gpu", "NVIDIA A100"))
+    passes = (add_norm, gated_products, local_conv, mixed_heads, split_heads)
     made = [
-        *((module, "kernels") for module in (add_norm, gated_products, local_conv, split_heads)),
+        *((module, "kernels") for module in passes),
         (row_losses, "kernel"),
         (choice, "recurrence"),
     ]
@@ -177,11 +185,22 @@ def test_gradients_of_joint_projections_are_those_of_separate_products(changes):
     check_against_the_plain_model(changes)
 
 
-@pytest.mark.parametrize("remat", ["none", "cheap", "block"])
+@pytest.mark.parametrize("remat", ["none", "cheap", "lean", "block"])
 def test_the_same_with_every_kernel(remat, kernels_without_a_gpu):
     """The kernels of a block leave parts of gradients to each other: nothing is read that none
     has written."""
     check_against_the_plain_model({"num_layers": 2, "remat": remat, "unroll": 1})
+
+
+@pytest.mark.parametrize("remat", ["none", "cheap"])
+@pytest.mark.parametrize("selective", [False, True])
+def test_the_same_with_all_heads_in_one_kernel(
+    remat, selective, kernels_without_a_gpu, monkeypatch
+):
+    monkeypatch.setattr(choice, "mixes_heads", lambda *args: True)
+    check_against_the_plain_model(
+        {"num_layers": 2, "remat": remat, "unroll": 1, "key_dim": 16, "selective": selective}
+    )
 
 
 # The output
@@ -250,7 +269,7 @@ def test_every_residual_sum_draws_its_own_mask(unroll, drawn):
     assert len(drawn) == len(set(drawn)) == 1 + 2 * config.num_layers
 
 
-@pytest.mark.parametrize("remat", ["block", "cheap"])
+@pytest.mark.parametrize("remat", ["block", "lean", "cheap"])
 def test_what_is_computed_again_drops_the_same(remat, drawn):
     config, params, tokens, labels = case(dropout=0.2, remat=remat)
     jax.block_until_ready(loss_and_gradients(config, params, tokens, labels, jax.random.key(0)))

@@ -45,16 +45,21 @@ def inputs(case, dtype, batch=2):
     return (y, kernel, bias, rates), d_out
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The kernels, without a GPU."""
+    monkeypatch.setattr(module, "kernels", functools.partial(module.kernels, interpret=True))
+
+
 def table_of(case):
     _, num_tokens, grid, _, key_dim, *_, rope = case
     return turns(grid, key_dim, 0, num_tokens, prefix_scale=1.0) if rope else None
 
 
 def joined(case, y, kernel, bias, rates, **axes):
-    """The kernels, interpreted."""
     family, num_tokens, grid, _, key_dim, *_ = case
     steps = log_factors(family(*rates), num_tokens, grid)
-    options = {"key_dim": key_dim, "q_scale": Q_SCALE, "epsilon": EPSILON, "interpret": True}
+    options = {"key_dim": key_dim, "q_scale": Q_SCALE, "epsilon": EPSILON}
     return mixed_heads_product(y, kernel, steps, bias, table_of(case), **options, **axes)
 
 
@@ -85,7 +90,7 @@ def assert_close(got, want, tolerance):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_is_the_passes_one_by_one(case):
+def test_is_the_passes_one_by_one(case, interpreted):
     for dtype, tolerance in TOLERANCES.items():
         args, d_out = inputs(case, dtype)
         got = quick_jit(functools.partial(results, functools.partial(joined, case)))(args, d_out)
@@ -96,7 +101,7 @@ def test_is_the_passes_one_by_one(case):
         assert_close(got, quick_jit(plain)(wide(args), wide(d_out)), tolerance)
 
 
-def test_padding_has_no_gradient():
+def test_padding_has_no_gradient(interpreted):
     case = CASES[0]
     args, d_out = inputs(case, jnp.bfloat16)
     _, d_y, *_ = quick_jit(functools.partial(results, functools.partial(joined, case)))(args, d_out)
@@ -122,7 +127,7 @@ def test_lowers_to_one_launch_each_way():
 
 
 @pytest.mark.parametrize(("batch", "own"), [(4, (1, 2)), (3, (3, 2))])
-def test_each_device_takes_its_own_images_and_heads(batch, own, monkeypatch):
+def test_each_device_takes_its_own_images_and_heads(batch, own, interpreted, monkeypatch):
     case = (RasterDecay, 20, (5, 5), 4, 16, 16, True, True)
     args, d_out = inputs(case, jnp.float32, batch=batch)
     want = jax.jit(functools.partial(results, functools.partial(one_by_one, case)))(args, d_out)

@@ -37,7 +37,6 @@ def mixed_heads_product(
     epsilon: float,
     batch_axes: Axes = None,
     head_axes: Axes = None,
-    interpret: bool = False,
 ) -> Float[Array, "B N D"]:
     """What LASAD's heads make of their joint projection, multiplied with the output's kernel.
 
@@ -56,7 +55,6 @@ def mixed_heads_product(
       epsilon: of the norm of each head.
       batch_axes, head_axes: axes of the current mesh, if there is one, over which images and
         heads are split.
-      interpret: run on any platform, slowly.
 
     Raises:
       ValueError: if shapes do not fit.
@@ -70,7 +68,7 @@ def mixed_heads_product(
     if table is not None:
         table = table.reshape(num_tokens, -1)
     options = {"key_dim": key_dim, "value_dim": kernel.shape[1], "q_scale": float(q_scale)}
-    options |= {"epsilon": epsilon, "interpret": interpret}
+    options |= {"epsilon": epsilon}
     ways = kernels(**options)
     forward, backward = _on_mesh(ways, batch_axes, head_axes)
     return keep(fused(y, kernel, steps, bias, table, forward, backward))
