@@ -256,3 +256,21 @@ def test_long_images_are_cut_into_blocks(name, kernels_on_cpu, monkeypatch):
     got = with_gradients(args, args[0][:, ::-1], name, *static)
     want = with_gradients(args, args[0][:, ::-1], "chunked", *static)
     assert_close(got, want, 1e-5)
+
+
+def test_heads_are_mixed_in_one_kernel_where_all_fits():
+    shape = lambda width, dtype=jnp.bfloat16, batch=64, num_tokens=256: jax.ShapeDtypeStruct(
+        (batch, num_tokens, 12, width), dtype
+    )
+    good = {"name": "triton", "q": shape(32), "v": shape(64), "decay": NoDecay()}
+    assert choice.mixes_heads(**good)
+    for changes in (
+        {"name": "mosaic_gpu"},
+        {"name": "chunked"},
+        {"q": shape(32, jnp.float32)},
+        {"q": shape(64)},
+        {"decay": ManhattanDecay(jnp.ones(12), jnp.ones(12))},
+        {"q": shape(32, batch=1, num_tokens=4096)},
+        {"q": shape(32, num_tokens=4096), "devices": 64},
+    ):
+        assert not choice.mixes_heads(**(good | changes)), changes

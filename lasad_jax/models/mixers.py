@@ -168,7 +168,7 @@ class LASADMixer(nn.Module):
             config.implementation, q, v, decay, num_prefix=NUM_PREFIX, stateful=False
         )
         devices = num_devices("batch", y.shape[0]) * num_devices("heads", config.num_heads)
-        return choice.mixes_heads(name, q, decay, devices)
+        return choice.mixes_heads(name, q, v, decay, devices)
 
     def _decay(self) -> ops.Decay:
         rows, columns = self.config.grid

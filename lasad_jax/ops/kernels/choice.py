@@ -27,6 +27,8 @@ _WIDTHS = (16, 32, 64, 128)
 # of its own over keys and values.
 _PROGRAMS = 264
 _CHUNKS_PER_SEGMENT = 8
+# Numbers of a head's state up to which `mixed_heads_triton` hardly spills registers.
+_MIXED_STATE = 32 * 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,21 +142,29 @@ def prefers_triton(x: Array, implementation: str) -> bool:
     return implementation != "plain" and obstacle is None
 
 
-def mixes_heads(name: str, q: Array | jax.ShapeDtypeStruct, decay: Decay, devices: int = 1) -> bool:
-    """Whether, instead of the kernels `name`, those of `passes.mixed_heads` suit a mixer: they
-    are of one recurrence in bfloat16, in a single segment.
+def mixes_heads(
+    name: str,
+    q: Array | jax.ShapeDtypeStruct,
+    v: Array | jax.ShapeDtypeStruct,
+    decay: Decay,
+    devices: int = 1,
+) -> bool:
+    """Whether, instead of the kernels `name`, those of `passes.mixed_heads` suit a mixer.
+
+    They are of a single recurrence in bfloat16, whose segments are one, and hold all that a
+    chunk of a head needs in registers.
 
     Args:
-      name: of what `obstacle` finds none for.
-      q: queries of all devices.
-      decay: their family.
+      name: kernels without an `obstacle`.
+      q, v: of all devices; only shapes and dtypes count.
+      decay: only its family counts.
       devices: that images and heads are split over.
     """
-    batch, num_tokens, heads, _ = q.shape
-    single = not isinstance(decay, ManhattanDecay) and q.dtype == jnp.bfloat16
-    return (
-        name == "triton" and single and _segments(batch * heads // devices, num_tokens // 64) == 1
-    )
+    batch, num_tokens, heads, key_dim = q.shape
+    if name != "triton" or isinstance(decay, ManhattanDecay) or q.dtype != jnp.bfloat16:
+        return False
+    fits = key_dim * v.shape[3] <= _MIXED_STATE
+    return fits and _segments(batch * heads // devices, -(-num_tokens // 64)) == 1
 
 
 def recurrence(name: str, q: Array, v: Array, *, interpret: bool = False) -> Backend:
