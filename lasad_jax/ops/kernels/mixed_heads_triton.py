@@ -9,7 +9,6 @@ first token is the prefix: its k v^T never decays.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,45 +17,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Float32
 
-from lasad_jax.ops.kernels.triton_math import Instructions, pairs, rotate
-from lasad_jax.ops.kernels.triton_program import ChunkDecay, Rows, product
-
-# In bf16 what is left after a factor of exp(-32) counts for nothing.
-_RESET = -32.0
-_NUM_PREFIX = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class _Columns:
-    """Where the parts of a head lie in y, which has `width` columns."""
-
-    key_dim: int
-    value_dim: int
-    width: int
-
-    @property
-    def q(self) -> pl.Slice:
-        return pl.ds(0, self.key_dim)
-
-    @property
-    def k(self) -> pl.Slice:
-        return pl.ds(self.key_dim, self.key_dim)
-
-    @property
-    def v(self) -> pl.Slice:
-        return pl.ds(2 * self.key_dim, self.value_dim)
-
-    @property
-    def out_gate(self) -> pl.Slice:
-        return pl.ds(2 * self.key_dim + self.value_dim, self.value_dim)
-
-    @property
-    def decay_gate(self) -> int:
-        return 2 * (self.key_dim + self.value_dim)
-
-    @property
-    def rest(self) -> pl.Slice:
-        return pl.ds(self.decay_gate, self.width - self.decay_gate)
+from lasad_jax.ops.kernels.mixed_heads_program import NUM_PREFIX, RESET, Columns, Head
+from lasad_jax.ops.kernels.triton_math import Instructions
+from lasad_jax.ops.kernels.triton_program import Rows, product
 
 
 def forward(
@@ -89,7 +52,7 @@ def forward(
       num_warps: of a program.
       interpret: run on any platform, slowly.
     """
-    columns = _Columns(key_dim, value_dim, y.shape[3])
+    columns = Columns(key_dim, value_dim, y.shape[3])
     call = _Call(y, steps, bias, table, columns, interpret)
     tokens = jax.ShapeDtypeStruct((*y.shape[:3], columns.value_dim), y.dtype)
     states = call.per_chunk(columns.value_dim, columns.key_dim, dtype=y.dtype)
@@ -124,7 +87,7 @@ def backward(
 
     The other arguments are `forward`'s.
     """
-    columns = _Columns(key_dim, value_dim, y.shape[3])
+    columns = Columns(key_dim, value_dim, y.shape[3])
     call = _Call(y, steps, bias, table, columns, interpret)
     numbers = [call.per_chunk(steps.shape[2], dtype=jnp.float32)] * (1 if bias is None else 2)
     kernel = functools.partial(_backward_kernel, q_scale=q_scale, epsilon=epsilon)
@@ -139,7 +102,7 @@ class _Call:
     steps: Array
     bias: Array | None
     table: Array | None
-    columns: _Columns
+    columns: Columns
     interpret: bool
 
     def per_chunk(self, *shape: int, dtype) -> jax.ShapeDtypeStruct:
@@ -152,7 +115,7 @@ class _Call:
         _, num_chunks, length = self.steps.shape
         stop = num_tokens if num_chunks * length != num_tokens else None
         dot = product(self.y.dtype, self.interpret)
-        rows = lambda c: Rows(c * length, length, stop, _NUM_PREFIX)
+        rows = lambda c: Rows(c * length, length, stop, NUM_PREFIX)
 
         def spec(x):
             if x.shape[:3] == self.y.shape[:3]:
@@ -162,7 +125,7 @@ class _Call:
             )
 
         def body(refs, *others):
-            head = _Head(self.columns, rows, dot, Instructions(self.interpret), num_chunks, *refs)
+            head = Head(self.columns, rows, dot, Instructions(self.interpret), num_chunks, *refs)
             kernel(head, *others)
 
         arguments = (self.y, self.steps, self.bias, self.table)
@@ -182,75 +145,6 @@ class _Call:
             interpret=self.interpret,
             name=f"mixed_heads_{name}",
         )(arguments, *inputs)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Head:
-    """The head of one program."""
-
-    columns: _Columns
-    rows: Callable[[Array], Rows]
-    dot: Callable[..., Array]
-    math: Instructions
-    num_chunks: int
-    y_ref: Array
-    steps_ref: Array
-    bias_ref: Array | None
-    table_ref: Array | None
-
-    @property
-    def dtype(self):
-        return self.y_ref.dtype
-
-    def load(self, rows: Rows, name: str) -> Float[Array, "L W"]:
-        return rows.load(self.y_ref, getattr(self.columns, name)).astype(jnp.float32)
-
-    def turn(self, rows: Rows):
-        """What `rotate` takes."""
-        return None if self.table_ref is None else pairs(rows.load(self.table_ref))
-
-    def active(self, x: Float[Array, "R Dk"], turn) -> Float[Array, "R Dk"]:
-        """Queries or keys out of their columns."""
-        return rotate(self.math.silu(x), turn)
-
-    def d_active(self, d_x, x, turn) -> Float[Array, "R Dk"]:
-        """The gradient with respect to the columns x, from that of `active`."""
-        return rotate(d_x, turn, back=True) * self.math.silu_slope(x)
-
-    def prefix(self):
-        """Of the first token: what `rotate` takes, the columns of its key, key and value."""
-        row = lambda ref, columns: ref[pl.ds(0, 1), columns].astype(jnp.float32)
-        turn = None
-        if self.table_ref is not None:
-            turn = pairs(row(self.table_ref, slice(None)))
-        x, v = row(self.y_ref, self.columns.k), row(self.y_ref, self.columns.v)
-        return turn, x, self.active(x, turn).astype(self.dtype).astype(jnp.float32), v
-
-    def decay(self, c, rows: Rows) -> tuple[ChunkDecay, Array, Array | None]:
-        """Of chunk c: the decay, each token's log-factor, and the slope of the content gate."""
-        g, slope = self.steps_ref[c], None
-        if self.bias_ref is not None:
-            tokens = rows.tokens()
-            decays = tokens > rows.num_prefix
-            decays = decays if rows.stop is None else decays & (tokens < rows.stop)
-            column = jnp.full_like(tokens, self.columns.decay_gate)
-            raw = plgpu.load(self.y_ref.at[tokens, column], mask=decays, other=0.0)
-            raw = raw.astype(jnp.float32) + self.bias_ref[0]
-            g -= jnp.where(decays, self.math.softplus(raw), 0.0)
-            slope = jnp.where(decays & (g > _RESET), -self.math.sigmoid(raw), 0.0)
-        g = jnp.maximum(g, _RESET)
-        return ChunkDecay([jnp.cumsum(g)], [jnp.sum(g)], rows.on_grid()), g, slope
-
-    def normalise(self, o: Float[Array, "L Dv"], epsilon: float):
-        """o of unit mean square, and the factor that makes it so."""
-        factor = lax.rsqrt(self.mean(o * o) + epsilon)
-        return o * factor, factor
-
-    def mean(self, x: Float[Array, "L Dv"]) -> Float[Array, "L 1"]:
-        return jnp.sum(x, axis=1)[:, None] * (1.0 / x.shape[1])
-
-    def zeros(self) -> Float[Array, "Dv Dk"]:
-        return jnp.zeros((self.columns.value_dim, self.columns.key_dim), jnp.float32)
 
 
 def _forward_kernel(head, h_ref, o_ref=None, states_ref=None, *, q_scale, epsilon):
@@ -334,7 +228,7 @@ def _backward_kernel(
         gain, loss = gain - jnp.sum(k * within, 1), jnp.sum(k * across, 1)
         change = loss - gain
         d_g = (jnp.sum(gain, 0) + through) + (jnp.cumsum(change) - change)
-        d_g_ref[c] = jnp.where(g > _RESET, d_g, 0.0)
+        d_g_ref[c] = jnp.where(g > RESET, d_g, 0.0)
         if d_gate_ref is not None:
             d_gate_ref[c] = d_g * slope
             rest = jnp.arange(columns.rest.size)[None] == 0
