@@ -21,9 +21,9 @@ _BARRIERS = 2048  # bytes kept for barriers and alignment
 _MOST_STAGES = 32
 
 # What a choice is made by, in KB and products per microsecond; one wave at a time.
-_L2 = 7000.0  # of all multiprocessors
-_INTAKE = 90.0  # of one
-_PRODUCTS = 3.4e6  # of one: multiplications and additions
+L2 = 7000.0  # of all multiprocessors
+INTAKE = 90.0  # of one
+PRODUCTS = 3.4e6  # of one: multiplications and additions
 _START, _CLUSTER = 2.5, 0.2  # microseconds of each launch that has them
 _EXCHANGE = 0.12  # for each KB of sums that a program receives from the others of its split
 _SQUARES = 0.001  # for each input of 64 normalised rows
@@ -107,9 +107,9 @@ class Tiling:
         programs = down * across * self.programs_of_cluster
         waves = -(-programs // _PLACES[self.programs_of_cluster])
         inputs = self.steps(K) * self.depth
-        read = programs * inputs * (self.rows / n + self.columns / m) * 2e-3 / _L2
-        taken = waves * inputs * (self.rows + self.columns) * 2e-3 / _INTAKE
-        multiplied = waves * self.rows * self.columns * inputs / _PRODUCTS
+        read = programs * inputs * (self.rows / n + self.columns / m) * 2e-3 / L2
+        taken = waves * inputs * (self.rows + self.columns) * 2e-3 / INTAKE
+        multiplied = waves * self.rows * self.columns * inputs / PRODUCTS
         extra = (m * n > 1) * _CLUSTER
         if self.split > 1:
             extra += self.rows * self.columns * 4e-3 * _EXCHANGE

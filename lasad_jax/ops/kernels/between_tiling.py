@@ -1,0 +1,87 @@
+"""How the products between two mixers are cut into tiles (`decode_between`).
+
+M rows, K inputs, N outputs. A tile is 64 columns of the result, for gated products from 64 of the
+gate and 64 of up, by a number of rows.
+"""
+
+import dataclasses
+
+import jax
+
+from lasad_jax.ops.kernels.decode_tiling import INTAKE, L2, PRODUCTS, SHARED_MEMORY
+
+UNIT = 64  # columns, and inputs, of a piece of a matrix
+_UNIT_BYTES = UNIT * UNIT * 2
+_ROWS_MEMORY = 96 * 1024  # bytes for rows on their way
+_MOST_ROWS = 128  # what registers hold sums of
+_BARRIERS = 8192  # bytes kept for barriers, reductions and alignment
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A product x w cut into tiles.
+
+    Attributes:
+      M, K, N: its size; N of what it gives, not of the matrix.
+      rows: of a tile.
+      units: columns that a tile is made from, in units: 2 with a gate.
+    """
+
+    M: int
+    K: int
+    N: int
+    rows: int
+    units: int = 1
+
+    @property
+    def steps(self) -> int:
+        """Pieces of K."""
+        return self.K // UNIT
+
+    @property
+    def blocks(self) -> int:
+        """Tiles above each other."""
+        return -(-self.M // self.rows)
+
+    @property
+    def tiles(self) -> int:
+        return self.blocks * (self.N // UNIT)
+
+    @property
+    def slots(self) -> int:
+        """Pieces of rows on their way at once."""
+        return min(_ROWS_MEMORY // (self.rows * UNIT * 2), self.steps)
+
+    def cost(self, programs: int) -> float:
+        """Microseconds, roughly, on an H100 or H200."""
+        loads = self.K * (self.rows + UNIT * self.units) * 2e-3
+        rounds = -(-self.tiles // programs)
+        products = self.K * max(self.rows, UNIT // 2) * UNIT * self.units
+        return max(rounds * loads / INTAKE, self.tiles * loads / L2, rounds * products / PRODUCTS)
+
+
+def best_product(M: int, K: int, N: int, programs: int, *, gated: bool = False) -> Product:
+    """The rows that cost least; of equals, the fewest, for which a program waits least."""
+    units = 1 + gated
+    ways = [Product(M, K, N, r, units) for r in range(16, _MOST_ROWS // units + 1, 8) if r <= M]
+    return min(ways, key=lambda product: (product.cost(programs), product.rows))
+
+
+def rows_in_flight(products: tuple[Product, ...]) -> int:
+    """Rows of 64 inputs that shared memory holds."""
+    return max(p.rows * p.slots for p in products)
+
+
+def weight_slots(products: tuple[Product, ...]) -> int:
+    """Pieces of matrices that fit beside all else."""
+    width = products[0].N // UNIT
+    rows = max(p.rows for p in products)
+    others = rows_in_flight(products) * UNIT * 2 + rows * (UNIT * 2 + 4 * (width + 1)) + _BARRIERS
+    return min((SHARED_MEMORY - others) // _UNIT_BYTES, 2 * products[1].steps)
+
+
+def num_programs() -> int:
+    """Multiprocessors of the device: as many programs are at work at the same time."""
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    cores = abstract.num_cores if abstract is not None else jax.devices()[0].core_count
+    return cores

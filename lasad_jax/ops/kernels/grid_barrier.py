@@ -1,0 +1,74 @@
+"""Waiting for other programs of the same launch, through counters in global memory (Mosaic GPU).
+
+Every program must be on a multiprocessor at once, or who waits holds the place of whom it waits
+for. Counters are zero when a launch begins, and zero again when it has ended.
+"""
+
+import jax
+from jax.experimental.mosaic.gpu import utils as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+# Counters lie this many int32 apart: each in its own line of the L2 cache.
+STRIDE = 32
+_REF = plgpu.RefType()
+
+
+def signal(counter: jax.Ref) -> None:
+    """Counts one warpgroup that has written all it had to; who waits then sees what it wrote.
+
+    Bulk copies must have been waited for.
+
+    Args:
+      counter: (STRIDE,) int32, of which the first counts.
+    """
+
+    @plgpu.inline_mgpu(arg_types=(_REF,))
+    def add(_, counter):
+        _release()
+        mgpu.SemaphoreRef(mgpu.memref_ptr(counter)).signal(1, memory_scope="gpu")
+
+    add(counter)
+
+
+def wait(counter: jax.Ref, count: int) -> None:
+    """Until `count` warpgroups have signalled. Bulk copies may then read what they wrote."""
+
+    @plgpu.inline_mgpu(arg_types=(_REF,))
+    def spin(_, counter):
+        pointer = mgpu.memref_ptr(counter)
+        mgpu.SemaphoreRef(pointer).wait(count, decrement=False, memory_scope="gpu")
+        mgpu.inline_ptx("fence.proxy.async;", has_side_effects=True)
+
+    spin(counter)
+
+
+def leave(counters: jax.Ref, count: int) -> None:
+    """Signals the last counter, for which nobody waits; the last of `count` clears them all.
+
+    Whoever waits for a counter must leave after that, or before one who does.
+
+    Args:
+      counters: (n, STRIDE) int32.
+    """
+    num_counters = counters.shape[0]
+    clear = " ".join(f"@last st.global.b32 [$0+{4 * STRIDE * i}], 0;" for i in range(num_counters))
+
+    @plgpu.inline_mgpu(arg_types=(_REF,))
+    def add(_, counters):
+        _release()
+        mgpu.inline_ptx(
+            "{ .reg .pred last; .reg .b32 before; mov.b32 before, 0;"
+            f"@$1 atom.acq_rel.gpu.global.add.u32 before, [$0+{4 * STRIDE * (num_counters - 1)}], 1;"
+            f"setp.eq.and.u32 last, before, {count - 1}, $1; {clear} }}",
+            mgpu.memref_ptr(counters),
+            mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP),
+            has_side_effects=True,
+        )
+
+    add(counters)
+
+
+def _release():
+    """What all threads of the warpgroup wrote, for bulk copies too, comes before what follows."""
+    mgpu.inline_ptx("fence.proxy.async;", has_side_effects=True)
+    mgpu.warpgroup_barrier()
