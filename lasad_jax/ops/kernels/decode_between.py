@@ -400,7 +400,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
         grid = {"cluster": (programs,), "cluster_names": ("program",)}
         grid["interpret"] = plgpu.InterpretGPUParams()
         scratch_types |= {
-            f"phase{phase}": plgpu.ClusterBarrier(collective_axes="program", num_arrivals=num)
+            f"phase{phase}": plgpu.ClusterBarrier(collective_axes=("program",), num_arrivals=num)
             for phase, num in arrivals.items()
         }
     body.__name__ = "decode_between"
