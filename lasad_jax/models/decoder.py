@@ -29,13 +29,15 @@ from lasad_jax.models.layers import NORM_EPSILON
 from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.models.mixers import FAMILIES
 from lasad_jax.models.rope import turn
-from lasad_jax.ops.kernels import choice
+from lasad_jax.ops.kernels import between_tiling, choice
+from lasad_jax.ops.kernels.between_tiling import COUNTERS
 from lasad_jax.ops.passes.local_conv import TAPS, next_token
 from lasad_jax.ops.ring import Ring, ring_step, start_ring
 
 __all__ = ["IMPLEMENTATIONS", "Cache", "decode", "prefill", "prepare", "start"]
 
-IMPLEMENTATIONS = ("auto", "xla", "triton")
+IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic")
+_PREFERRED = "triton"  # by "auto", where it can run
 
 
 @struct.dataclass
@@ -61,10 +63,15 @@ class Layer:
 
 @struct.dataclass
 class Cache:
-    """What the decoder remembers: the number of tokens seen, and each layer's own."""
+    """What the decoder remembers: the number of tokens seen, and each layer's own.
+
+    Attributes:
+      counters: what programs of "mosaic" count each other in, zeros between launches.
+    """
 
     index: Int[Array, ""]
     layers: tuple[Layer, ...]
+    counters: Int[Array, "phases stride"]
 
 
 def prefill(
@@ -84,7 +91,7 @@ def start(config: ModelConfig, cache: PyTree) -> Cache:
     else:
         begin = (lambda state: state) if config.decay == "manhattan" else start_ring
     layers = tuple(Layer(begin(layer.mixer), layer.recent) for layer in split)
-    return Cache(split[0].mixer.index, layers)
+    return Cache(split[0].mixer.index, layers, jnp.zeros(COUNTERS, jnp.int32))
 
 
 def resolve_implementation(config: ModelConfig, implementation: str = "auto") -> str:
@@ -99,9 +106,11 @@ def resolve_implementation(config: ModelConfig, implementation: str = "auto") ->
         return implementation
     obstacle = _obstacle(config)
     if implementation == "auto":
-        return "triton" if obstacle is None else "xla"
+        return _PREFERRED if obstacle is None else "xla"
     if obstacle:
-        raise ValueError(f"implementation: 'triton' cannot decode here: {obstacle}; use 'xla'")
+        raise ValueError(
+            f"implementation: {implementation!r} cannot decode here: {obstacle}; use 'xla'"
+        )
     return implementation
 
 
@@ -133,30 +142,84 @@ def decode(
       cache: from `start` or `decode`.
       implementation: "xla" runs anywhere; "triton" is two kernels of the mixers for NVIDIA GPUs,
         "auto" these where they can run. With both, matrix products are kernels where they can be.
+        "mosaic", for Hopper GPUs, bf16 and a local convolution, is a layer in two launches.
 
     Returns:
       float32 logits and the cache after the codes.
 
     Raises:
-      ValueError: as `resolve_implementation`.
+      ValueError: as `resolve_implementation`, or for weights, or rows, that "mosaic" cannot take.
     """
     fused = implementation != "xla"
     form = resolve_implementation(config, implementation)
     x = jnp.take(weights.params["token_embedding"]["embedding"], tokens, axis=0)
-    layers = []
-    for layer, remembered in zip(weights.layers, cache.layers, strict=True):
-        x, remembered = _layer(
-            config, form, fused, layer, weights.turns, x, remembered, cache.index
-        )
-        layers.append(remembered)
+    if form == "mosaic":
+        x, layers, counters = _layers_in_pairs_of_launches(config, weights, x, cache)
+    else:
+        layers, counters = [], cache.counters
+        for layer, remembered in zip(weights.layers, cache.layers, strict=True):
+            x, remembered = _layer(
+                config, form, fused, weights.pair, layer, weights.turns, x, remembered, cache.index
+            )
+            layers.append(remembered)
     head = weights.params["head"]["kernel"]
     logits = jnp.dot(normalise(x), head, preferred_element_type=jnp.float32)
-    return logits, Cache(cache.index + 1, tuple(layers))
+    return logits, Cache(cache.index + 1, tuple(layers), counters)
+
+
+def _layers_in_pairs_of_launches(config, weights, x, cache):
+    """The heads of a layer, then all from there to the next layer's heads."""
+    if obstacle := _mosaic_obstacle(config, weights, x):
+        raise ValueError(f"implementation: 'mosaic' cannot decode here: {obstacle}; use 'triton'")
+    following = [layer.projection for layer in weights.layers[1:]] + [None]
+    projection = project(True, x, weights.layers[0].projection)
+    layers, counters = [], cache.counters
+    for layer, after, remembered in zip(weights.layers, following, cache.layers, strict=True):
+        x, projection, remembered, counters = _heads_and_rest(
+            config, layer, after, weights.turns, x, projection, remembered, cache.index, counters
+        )
+        layers.append(remembered)
+    return x, layers, counters
+
+
+def _mosaic_obstacle(config, weights, x):
+    if x.dtype != jnp.bfloat16 or not config.has_local_conv:
+        return f"it takes bfloat16 and a local convolution, not {x.dtype}, {config.local_conv!r}"
+    if weights.pair != between_tiling.UNIT:
+        return "its weights are from prepare(..., implementation='mosaic')"
+    layer = weights.layers[0]
+    others = (layer.out.shape[0], layer.down.shape[0], layer.projection.shape[1])
+    return between_tiling.obstacle(x.shape[0], x.shape[1], others)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _heads_and_rest(
+    config, layer, next_projection, turns, x, projection, remembered, index, counters
+):
+    from lasad_jax.ops.kernels import decode_between
+
+    mixed, state = _mix("triton", config, layer, turns, projection, remembered.mixer, index)
+    x, projection, recent, counters = decode_between.between(
+        mixed,
+        x,
+        remembered.recent,
+        index,
+        counters,
+        out=layer.out,
+        taps=layer.conv,
+        gate_up=layer.gate_up,
+        down=layer.down,
+        projection=next_projection,
+        offsets=TAPS,
+        columns=config.grid[1],
+        epsilon=NORM_EPSILON,
+    )
+    return x, projection, Layer(state, recent), counters
 
 
 # Traced and lowered once for all layers: that is most of what starting a deep model takes.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _layer(config, form, fused, layer, turns, x, remembered, index):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _layer(config, form, fused, pair, layer, turns, x, remembered, index):
     """One layer of `decode`: the residual stream and what the layer remembers."""
     mixer = _softmax if config.mixer == "softmax" else functools.partial(_lasad, form)
     mixed, state = mixer(config, fused, layer, turns, x, remembered.mixer, index)
@@ -164,7 +227,7 @@ def _layer(config, form, fused, layer, turns, x, remembered, index):
     recent = remembered.recent
     if recent is not None:
         y, recent = _norm_conv(form, config, layer, x, recent, index)
-    hidden = swiglu(fused, y, layer.gate_up, norm=recent is None)
+    hidden = swiglu(fused, y, layer.gate_up, norm=recent is None, pair=pair)
     return project_add(fused, hidden, layer.down, x), Layer(state, recent)
 
 
@@ -172,7 +235,10 @@ def _layer(config, form, fused, layer, turns, x, remembered, index):
 
 
 def _lasad(form, config, fused, layer, turns, x, state, index):
-    projection = project(fused, x, layer.projection)
+    return _mix(form, config, layer, turns, project(fused, x, layer.projection), state, index)
+
+
+def _mix(form, config, layer, turns, projection, state, index):
     if form == "triton":
         from lasad_jax.ops.kernels import decode_triton
 
@@ -187,7 +253,7 @@ def _lasad(form, config, fused, layer, turns, x, state, index):
         )
     else:
         out, state = mix(config, layer, projection, turns, state, index)
-    return out.reshape(x.shape[0], -1), state
+    return out.reshape(out.shape[0], -1), state
 
 
 def _norm_conv(form, config, layer, x, recent, index):

@@ -10,7 +10,8 @@ from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.folding import fold
 from lasad_jax.models.mixers import decay_of
 from lasad_jax.models.rope import turn_table
-from lasad_jax.ops.kernels.decode_tiling import interleave
+from lasad_jax.ops.kernels.between_tiling import UNIT
+from lasad_jax.ops.kernels.decode_tiling import PAIR, interleave
 
 # The fused projection is this many columns wide, or a multiple: what matrix products like.
 _COLUMNS = 64
@@ -53,15 +54,21 @@ class Weights:
       turns: for each token, prefix included, what RoPE multiplies a head by and what it
         multiplies its swapped pairs by: (cos, cos) and (-sin, sin).
       layers: one after the other.
+      pair: columns of gate, then of up, at a time in `gate_up`.
     """
 
     params: PyTree
     turns: Float[Array, "tokens 2 Dk"] | None
     layers: tuple[LayerWeights, ...]
+    pair: int = struct.field(pytree_node=False, default=PAIR)
 
 
-def prepare(config: ModelConfig, params: PyTree) -> Weights:
-    """Weights of the decoder from `LASADGen`'s parameters (unboxed, layers stacked)."""
+def prepare(config: ModelConfig, params: PyTree, implementation: str = "auto") -> Weights:
+    """Weights of the decoder from `LASADGen`'s parameters (unboxed, layers stacked).
+
+    Every form of `decode` takes those of any other, but "mosaic" needs its own.
+    """
+    pair = UNIT if implementation == "mosaic" else PAIR
     exact = lambda x: jnp.asarray(x, jnp.float32)
     turns = None
     if config.rope:
@@ -71,13 +78,13 @@ def prepare(config: ModelConfig, params: PyTree) -> Weights:
         turns = jnp.asarray(table, jnp.float32)
     params = fold(config, params)
     layers = tuple(
-        _layer(config, jax.tree.map(lambda x, i=i: x[i], params["blocks"]), exact)
+        _layer(config, jax.tree.map(lambda x, i=i: x[i], params["blocks"]), exact, pair)
         for i in range(config.num_layers)
     )
-    return Weights(params, turns, layers)
+    return Weights(params, turns, layers, pair)
 
 
-def _layer(config: ModelConfig, params: PyTree, exact) -> LayerWeights:
+def _layer(config: ModelConfig, params: PyTree, exact, pair: int) -> LayerWeights:
     mixer, conv, ffn = params["mixer"], params.get("conv"), params["ffn"]
     lasad = config.mixer == "lasad"
     names = ("q", "k", "v", "out_gate") if lasad else ("q", "k", "v")
@@ -103,6 +110,6 @@ def _layer(config: ModelConfig, params: PyTree, exact) -> LayerWeights:
         log_factor=log_factor,
         out=mixer["out"]["kernel"].reshape(-1, config.width),
         conv=conv and conv["kernel"].astype(config.compute_dtype),
-        gate_up=interleave(*(ffn[name]["kernel"] for name in ("gate", "up"))),
+        gate_up=interleave(ffn["gate"]["kernel"], ffn["up"]["kernel"], pair),
         down=ffn["down"]["kernel"],
     )

@@ -8,9 +8,14 @@ import dataclasses
 
 import jax
 
+from lasad_jax.ops.kernels.choice import device, is_hopper
 from lasad_jax.ops.kernels.decode_tiling import INTAKE, L2, PRODUCTS, SHARED_MEMORY
 
 UNIT = 64  # columns, and inputs, of a piece of a matrix
+# int32 that programs count each other in: of each phase, in a line of the L2 cache of its own.
+COUNTERS = (5, 32)
+_CHANNELS = 128  # threads that a row is spread over
+_FEWEST_ROWS, _MULTIPLE = 64, 8  # as for `decode_product`
 _UNIT_BYTES = UNIT * UNIT * 2
 _ROWS_MEMORY = 96 * 1024  # bytes for rows on their way
 _MOST_ROWS = 128  # what registers hold sums of
@@ -83,5 +88,25 @@ def weight_slots(products: tuple[Product, ...]) -> int:
 def num_programs() -> int:
     """Multiprocessors of the device: as many programs are at work at the same time."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    cores = abstract.num_cores if abstract is not None else jax.devices()[0].core_count
-    return cores
+    return jax.devices()[0].core_count if abstract is None else abstract.num_cores
+
+
+def obstacle(rows: int, D: int, inputs_and_outputs: tuple[int, ...]) -> str | None:
+    """Why a layer of D channels cannot run on this device in bf16; None if it can.
+
+    Args:
+      inputs_and_outputs: other sizes that matrices of the layer have.
+    """
+    where = device()
+    if jax.__version_info__ < (0, 11):
+        return f"it needs jax 0.11 or later, not {jax.__version__}"
+    if where.platform not in ("gpu", "cuda") or not is_hopper(where):
+        return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
+    if rows < _FEWEST_ROWS or rows % _MULTIPLE:
+        return f"it takes a multiple of {_MULTIPLE} rows, at least {_FEWEST_ROWS}, not {rows}"
+    if D % _CHANNELS or any(size % UNIT for size in inputs_and_outputs):
+        return (
+            f"it takes a width that is a multiple of {_CHANNELS} and else multiples of {UNIT}, "
+            f"not {D} and {inputs_and_outputs}"
+        )
+    return None

@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, BFloat16, Float, Int
+from jaxtyping import Array, BFloat16, Int
 
 from lasad_jax.ops.kernels import grid_barrier
 from lasad_jax.ops.kernels.between_tiling import (
+    COUNTERS,
     UNIT,
     best_product,
     num_programs,
@@ -35,16 +36,11 @@ from lasad_jax.ops.kernels.mosaic_tiles import COLUMN, TILE, transposed
 
 # Phases that others wait for, in their order; the last one comes after them.
 MIXED, CONVOLVED, HIDDEN, ADDED = range(4)
-NUM_COUNTERS = 5
+_LAST = COUNTERS[0] - 1
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 _TRANSFORMS = (plgpu.TilingTransform((8, UNIT)), plgpu.SwizzleTransform(128))
 # Warpgroups of a program.
 _MULTIPLY, _LOAD_ROWS, _LOAD_WEIGHTS = range(3)
-
-
-def start_counters() -> Int[Array, "counters stride"]:
-    """What programs count in; zeros between launches."""
-    return jnp.zeros((NUM_COUNTERS, grid_barrier.STRIDE), jnp.int32)
 
 
 @functools.partial(
@@ -81,7 +77,7 @@ def between(
       recent: ring of the newest inputs of the convolution, slot i % W for token i; updated
         in place.
       index: number of tokens before this one, the one prefix token included.
-      counters: from `start_counters` or the last launch; updated in place.
+      counters: of shape COUNTERS, zeros before and after; updated in place.
       out, gate_up, down, projection: matrices, the norms' scales in their rows; gate_up has by
         turns 64 columns of gate and of up. projection is the next layer's, or None.
       taps: a weight per channel for each of `offsets`, (rows down, columns right) of the
@@ -134,7 +130,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
         def signal(phase):
             if interpret:
                 plgpu.barrier_arrive(scratch[f"phase{phase}"])
-            elif phase == NUM_COUNTERS - 1:
+            elif phase == _LAST:
                 grid_barrier.leave(counters, programs)
             else:
                 grid_barrier.signal(counters.at[phase])
@@ -164,7 +160,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
                         slot = lax.rem(position + unit, num_slots)
 
                         @pl.when(position + unit >= num_slots)
-                        def _():
+                        def _(slot=slot):
                             plgpu.barrier_wait(scratch["w_empty"].at[slot])
 
                         first = (column * product.units + unit) * UNIT
@@ -365,7 +361,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
                 pl.when(has_tile(products[3]))(functools.partial(wait, ADDED))
                 run_product(products[3], results[3], position, *scaled(products[3]))
             if not interpret:
-                signal(NUM_COUNTERS - 1)
+                signal(_LAST)
 
     like = jax.ShapeDtypeStruct
     out_types = [
@@ -418,7 +414,9 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
 def _load(ref, width):
     """A row of numbers, spread over a warpgroup, in float32."""
     each = width // 128
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=next(n for n in (8, 4, 2, 1) if each % n == 0))
+    layout = plgpu.Layout.WG_STRIDED(
+        (width,), vec_size=next(n for n in (8, 4, 2, 1) if each % n == 0)
+    )
     return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
 
 

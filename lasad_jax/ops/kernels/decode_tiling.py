@@ -118,12 +118,14 @@ class Tiling:
         return _START + max(read, taken, multiplied) + extra
 
 
-def pair_width(F: int) -> int:
-    """Columns of gate, then of up, at a time in `interleave`: 32 if that divides F."""
-    return math.gcd(F, PAIR)
+def pair_width(F: int, pair: int = PAIR) -> int:
+    """Columns of gate, then of up, at a time in `interleave`: `pair` if that divides F."""
+    return math.gcd(F, pair)
 
 
-def interleave(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... 2*F"]:
+def interleave(
+    gate: Float[Array, "... F"], up: Float[Array, "... F"], pair: int = PAIR
+) -> Float[Array, "... 2*F"]:
     """Columns of both by turns, `pair_width` at a time: what gated products multiply by.
 
     Raises:
@@ -131,7 +133,7 @@ def interleave(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[
     """
     if gate.shape != up.shape:
         raise ValueError(f"gate, up: shapes {gate.shape} and {up.shape} must be equal")
-    width = pair_width(gate.shape[-1])
+    width = pair_width(gate.shape[-1], pair)
     blocks = [x.reshape(*x.shape[:-1], -1, 1, width) for x in (gate, up)]
     return jnp.concatenate(blocks, axis=-2).reshape(*gate.shape[:-1], -1)
 

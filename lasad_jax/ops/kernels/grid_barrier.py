@@ -8,8 +8,6 @@ import jax
 from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-# Counters lie this many int32 apart: each in its own line of the L2 cache.
-STRIDE = 32
 _REF = plgpu.RefType()
 
 
@@ -19,7 +17,7 @@ def signal(counter: jax.Ref) -> None:
     Bulk copies must have been waited for.
 
     Args:
-      counter: (STRIDE,) int32, of which the first counts.
+      counter: (stride,) int32, of which the first counts.
     """
 
     @plgpu.inline_mgpu(arg_types=(_REF,))
@@ -48,17 +46,17 @@ def leave(counters: jax.Ref, count: int) -> None:
     Whoever waits for a counter must leave after that, or before one who does.
 
     Args:
-      counters: (n, STRIDE) int32.
+      counters: (n, stride) int32.
     """
-    num_counters = counters.shape[0]
-    clear = " ".join(f"@last st.global.b32 [$0+{4 * STRIDE * i}], 0;" for i in range(num_counters))
+    *others, last = range(0, 4 * counters.size, 4 * counters.shape[1])
+    clear = " ".join(f"@last st.global.b32 [$0+{place}], 0;" for place in (*others, last))
 
     @plgpu.inline_mgpu(arg_types=(_REF,))
     def add(_, counters):
         _release()
         mgpu.inline_ptx(
             "{ .reg .pred last; .reg .b32 before; mov.b32 before, 0;"
-            f"@$1 atom.acq_rel.gpu.global.add.u32 before, [$0+{4 * STRIDE * (num_counters - 1)}], 1;"
+            f"@$1 atom.acq_rel.gpu.global.add.u32 before, [$0+{last}], 1;"
             f"setp.eq.and.u32 last, before, {count - 1}, $1; {clear} }}",
             mgpu.memref_ptr(counters),
             mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP),
