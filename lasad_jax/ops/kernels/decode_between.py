@@ -264,7 +264,8 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
 
             def finish(row, value):
                 plgpu.barrier_wait(scratch["added"])
-                before = plgpu.layout_cast(transposed(target)[...], _TRANSPOSED)
+                # As the result is written: each thread reads and writes the same numbers.
+                before = plgpu.load(transposed(target), layout=_TRANSPOSED)
                 return value + plgpu.layout_cast(before, TILE).astype(f32)
 
             def after(value, row, column):
