@@ -12,12 +12,14 @@ from lasad_jax.ops.kernels.choice import device, is_hopper
 from lasad_jax.ops.kernels.decode_tiling import INTAKE, L2, PRODUCTS, SHARED_MEMORY
 
 UNIT = 64  # columns, and inputs, of a piece of a matrix
+CLUSTER = 2  # programs, of rows below each other, that share pieces of matrices
 # int32 that programs count each other in: of each phase, in a line of the L2 cache of its own.
 COUNTERS = (5, 32)
 _CHANNELS = 128  # threads that a row is spread over
 _FEWEST_ROWS, _MULTIPLE = 64, 8  # as for `decode_product`
 _UNIT_BYTES = UNIT * UNIT * 2
 _ROWS_MEMORY = 96 * 1024  # bytes for rows on their way
+_MOST_SLOTS = 32  # barriers of one kind
 _MOST_ROWS = 128  # what registers hold sums of
 _BARRIERS = 8192  # bytes kept for barriers, reductions and alignment
 
@@ -45,24 +47,27 @@ class Product:
 
     @property
     def blocks(self) -> int:
-        """Tiles above each other."""
-        return -(-self.M // self.rows)
+        """Tiles above each other, in clusters; the last ones may lie below all rows."""
+        return -(-self.M // (self.rows * CLUSTER))
 
     @property
     def tiles(self) -> int:
+        """Of a cluster: one for each of its programs."""
         return self.blocks * (self.N // UNIT)
 
     @property
     def slots(self) -> int:
         """Pieces of rows on their way at once."""
-        return min(_ROWS_MEMORY // (self.rows * UNIT * 2), self.steps)
+        return min(_ROWS_MEMORY // (self.rows * UNIT * 2), self.steps, _MOST_SLOTS)
 
     def cost(self, programs: int) -> float:
         """Microseconds, roughly, on an H100 or H200."""
-        loads = self.K * (self.rows + UNIT * self.units) * 2e-3
-        rounds = -(-self.tiles // programs)
+        rounds = -(-self.tiles // (programs // CLUSTER))
+        weights = self.K * UNIT * self.units * 2e-3
+        loads = self.K * self.rows * 2e-3 + weights
+        read = self.tiles * (CLUSTER * (loads - weights) + weights)
         products = self.K * max(self.rows, UNIT // 2) * UNIT * self.units
-        return max(rounds * loads / INTAKE, self.tiles * loads / L2, rounds * products / PRODUCTS)
+        return max(rounds * loads / INTAKE, read / L2, rounds * products / PRODUCTS)
 
 
 def best_product(M: int, K: int, N: int, programs: int, *, gated: bool = False) -> Product:
@@ -82,7 +87,7 @@ def weight_slots(products: tuple[Product, ...]) -> int:
     width = products[0].N // UNIT
     rows = max(p.rows for p in products)
     others = rows_in_flight(products) * UNIT * 2 + rows * (UNIT * 2 + 4 * (width + 1)) + _BARRIERS
-    return min((SHARED_MEMORY - others) // _UNIT_BYTES, 2 * products[1].steps)
+    return min((SHARED_MEMORY - others) // _UNIT_BYTES, _MOST_SLOTS)
 
 
 def num_programs() -> int:

@@ -25,6 +25,7 @@ from jaxtyping import Array, BFloat16, Int
 
 from lasad_jax.ops.kernels import grid_barrier
 from lasad_jax.ops.kernels.between_tiling import (
+    CLUSTER,
     COUNTERS,
     UNIT,
     best_product,
@@ -112,8 +113,11 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
     if last is not None:
         sizes.append((*last, False))
     products = tuple(best_product(M, K, N, programs, gated=gated) for K, N, gated in sizes)
+    clusters = programs // CLUSTER
+    programs = clusters * CLUSTER
     num_slots, num_rows = weight_slots(products), rows_in_flight(products)
     most_rows = max(p.rows for p in products)
+    shared = {} if interpret else {"collective_axes": "rank"}
     bf16, f32 = jnp.bfloat16, jnp.float32
 
     def body(*refs):
@@ -123,7 +127,12 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
         projected, rest = (rest[0], rest[1:]) if last is not None else (None, rest)
         scratch = dict(zip(scratch_types, rest, strict=True))
         x_tiles, w_tiles, out_tile = scratch["x"], scratch["w"], scratch["out"]
-        program, warpgroup = lax.axis_index("program"), lax.axis_index("wg")
+        if interpret:
+            program = lax.axis_index("program")
+            cluster, rank = program // CLUSTER, lax.rem(program, CLUSTER)
+        else:
+            cluster, rank = lax.axis_index("cluster"), lax.axis_index("rank")
+        warpgroup = lax.axis_index("wg")
         rows_of = (mixed, y, hidden, x_out)
         results = (middle, hidden, x_out, projected)
 
@@ -142,12 +151,13 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
                 grid_barrier.wait(counters.at[phase], programs * arrivals[phase])
 
         def own_tiles(product):
-            return (product.tiles - program + programs - 1) // programs
+            return (product.tiles - cluster + clusters - 1) // clusters
 
         def place(product, i):
             """Row and column, the latter in units of the result, of this program's i-th tile."""
-            tile = program + i * programs
-            return lax.rem(tile, product.blocks) * product.rows, tile // product.blocks
+            tile = cluster + i * clusters
+            block = lax.rem(tile, product.blocks) * CLUSTER + rank
+            return block * product.rows, tile // product.blocks
 
         def load_weights():
             position = jnp.int32(0)
@@ -165,9 +175,8 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
 
                         first = (column * product.units + unit) * UNIT
                         source = matrix.at[pl.ds(k * UNIT, UNIT), pl.ds(first, UNIT)]
-                        plgpu.copy_gmem_to_smem(
-                            source, w_tiles.at[slot], scratch["w_full"].at[slot]
-                        )
+                        full = scratch["w_full"].at[slot]
+                        plgpu.copy_gmem_to_smem(source, w_tiles.at[slot], full, **shared)
                     return position + product.units
 
                 position = lax.fori_loop(0, own_tiles(product) * product.steps, step, position)
@@ -302,7 +311,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
             index = index_ref[0]
             grid_row, column = (index - 1) // columns, lax.rem(index - 1, columns)
             for first in range(0, M, 2 * programs):
-                row = first + 2 * program + side
+                row = first + 2 * (CLUSTER * cluster + rank) + side
 
                 @pl.when(row < M)
                 def _(row=row, first=first):
@@ -326,7 +335,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
             signal(CONVOLVED)
 
         def has_tile(product):
-            return program < product.tiles
+            return cluster < product.tiles
 
         nothing = lambda row, column: None
 
@@ -381,7 +390,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
         "x_empty": plgpu.Barrier(num_barriers=most_slots),
         "w": tile((num_slots, UNIT, UNIT)),
         "w_full": plgpu.Barrier(num_barriers=num_slots),
-        "w_empty": plgpu.Barrier(num_barriers=num_slots),
+        "w_empty": plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=num_slots),
         "out": tile((most_rows, UNIT)),
         "squares": plgpu.SMEM((most_rows,), f32),
         "added": plgpu.Barrier(),
@@ -391,11 +400,14 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
         scratch_types["parts"] = plgpu.SMEM((D // UNIT, products[3].rows), f32)
     # Warpgroups of a program that signal the end of each phase.
     arrivals = {MIXED: 1, CONVOLVED: 2, HIDDEN: 1, ADDED: 1}
-    grid = {"grid": (programs,), "grid_names": ("program",)}
+    axes = {"grid": (clusters,), "grid_names": ("cluster",)}
+    axes |= {"cluster": (CLUSTER,), "cluster_names": ("rank",)}
     if interpret:
-        # The interpreter runs the programs of a cluster at the same time, and no others.
-        grid = {"cluster": (programs,), "cluster_names": ("program",)}
-        grid["interpret"] = plgpu.InterpretGPUParams()
+        # The interpreter runs the programs of a cluster at the same time, and no others: there,
+        # all are of one, and each loads for itself.
+        axes = {"cluster": (programs,), "cluster_names": ("program",)}
+        axes["interpret"] = plgpu.InterpretGPUParams()
+        scratch_types["w_empty"] = plgpu.Barrier(num_barriers=num_slots)
         scratch_types |= {
             f"phase{phase}": plgpu.ClusterBarrier(collective_axes=("program",), num_arrivals=num)
             for phase, num in arrivals.items()
@@ -408,7 +420,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
         num_threads=3,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
-        **grid,
+        **axes,
     )
 
 
