@@ -1,0 +1,203 @@
+"""Products one after the other through the same shared memory (`decode_between`).
+
+One warpgroup loads pieces of the matrices of all products, one loads rows and one multiplies.
+Slots of matrices are refilled in turn from the first product to the last; slots of rows begin
+anew with each, since its rows depend on the product before.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lasad_jax.ops.kernels.between_tiling import (
+    CLUSTER,
+    UNIT,
+    Product,
+    rows_in_flight,
+    weight_slots,
+)
+from lasad_jax.ops.kernels.mosaic_tiles import transposed
+
+TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
+_TRANSFORMS = (plgpu.TilingTransform((8, UNIT)), plgpu.SwizzleTransform(128))
+
+
+def scratch_types(products: tuple[Product, ...], interpret: bool) -> dict:
+    """Shared memory and barriers of a program. Interpreted, each loads for itself."""
+    num_slots, most_slots = weight_slots(products), max(p.slots for p in products)
+    tiles = lambda *shape: plgpu.SMEM(shape, jnp.bfloat16, transforms=_TRANSFORMS)
+    barrier = plgpu.Barrier(num_barriers=num_slots)
+    clusters = plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=num_slots)
+    return {
+        "x": tiles(rows_in_flight(products), UNIT),
+        "x_full": plgpu.Barrier(num_barriers=most_slots),
+        "x_empty": plgpu.Barrier(num_barriers=most_slots),
+        "w": tiles(num_slots, UNIT, UNIT),
+        "w_full": barrier,
+        "w_empty": barrier if interpret else clusters,
+        "out": tiles(max(p.rows for p in products), UNIT),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """What the warpgroups of a program know.
+
+    Attributes:
+      cluster, rank: of this program.
+      clusters: how many there are.
+      scratch: of `scratch_types`.
+      interpret: whether the interpreter runs.
+    """
+
+    cluster: jax.Array
+    rank: jax.Array
+    clusters: int
+    scratch: dict
+    interpret: bool
+
+    def tiles(self, product: Product) -> jax.Array:
+        """How many of a product are this program's."""
+        return (product.tiles - self.cluster + self.clusters - 1) // self.clusters
+
+    def place(self, product: Product, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Where the i-th of them lies: its first row, and its column in units."""
+        tile = self.cluster + i * self.clusters
+        block = lax.rem(tile, product.blocks) * CLUSTER + self.rank
+        return block * product.rows, tile // product.blocks
+
+    def load_weights(self, products: tuple[Product, ...], matrices: list[jax.Ref]) -> None:
+        w, full, empty = (self.scratch[name] for name in ("w", "w_full", "w_empty"))
+        shared = {} if self.interpret else {"collective_axes": "rank"}
+        slots, position = w.shape[0], jnp.int32(0)
+        for product, matrix in zip(products, matrices, strict=True):
+
+            def step(i, position, product=product, matrix=matrix):
+                k = lax.rem(i, product.steps)
+                _, column = self.place(product, i // product.steps)
+                for unit in range(product.units):
+                    slot = lax.rem(position + unit, slots)
+
+                    @pl.when(position + unit >= slots)
+                    def _(slot=slot):
+                        plgpu.barrier_wait(empty.at[slot])
+
+                    first = (column * product.units + unit) * UNIT
+                    piece = matrix.at[pl.ds(k * UNIT, UNIT), pl.ds(first, UNIT)]
+                    plgpu.copy_gmem_to_smem(piece, w.at[slot], full.at[slot], **shared)
+                return position + product.units
+
+            position = lax.fori_loop(0, self.tiles(product) * product.steps, step, position)
+        _drain(empty, position, slots)
+
+    def load_rows(self, product: Product, source: jax.Ref) -> None:
+        full, empty = self.scratch["x_full"], self.scratch["x_empty"]
+
+        def step(i, _):
+            slot = lax.rem(i, product.slots)
+
+            @pl.when(i >= product.slots)
+            def _():
+                plgpu.barrier_wait(empty.at[slot])
+
+            row, _ = self.place(product, i // product.steps)
+            first = lax.rem(i, product.steps) * UNIT
+            piece = source.at[pl.ds(row, product.rows), pl.ds(first, UNIT)]
+            plgpu.copy_gmem_to_smem(piece, self._rows(product, slot), full.at[slot])
+
+        lax.fori_loop(0, self.tiles(product) * product.steps, step, None)
+
+    def rows_are_taken(self, product: Product) -> None:
+        """Waits until none of a product's rows is in use."""
+        num = self.tiles(product) * product.steps
+        _drain(self.scratch["x_empty"], num, product.slots)
+
+    def multiply(self, product, result, position, finish, begin=None, after=None):
+        """All tiles of a product, and their columns of the result.
+
+        Args:
+          product, result: which, and where it goes.
+          position: pieces of matrices that products before it have taken.
+          finish: (*sums), each (UNIT, rows) with a row for each column, to what is rounded.
+          begin, after: of a tile, called with its first row and its column in units; `after`
+            with what was rounded before these.
+
+        Returns:
+          the position after it. The result has been written.
+        """
+
+        def tile(t, position):
+            row, column = self.place(product, t)
+            # What the tile before has left in shared memory has been read.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            if begin is not None:
+                begin(row, column)
+            sums, position = self._sums(product, t, position)
+            value = finish(*sums).astype(jnp.bfloat16)
+            target = self.out(product)
+            transposed(target)[...] = plgpu.layout_cast(value, TRANSPOSED)
+            plgpu.commit_smem()
+            place = result.at[pl.ds(row, product.rows), pl.ds(column * UNIT, UNIT)]
+            plgpu.copy_smem_to_gmem(target, place)
+            if after is not None:
+                after(value, row, column)
+            return position
+
+        position = lax.fori_loop(0, self.tiles(product), tile, position)
+        plgpu.wait_smem_to_gmem(0)
+        return position
+
+    def out(self, product: Product) -> jax.Ref:
+        """A tile on its way out."""
+        return self.scratch["out"].at[pl.ds(0, product.rows)]
+
+    def _rows(self, product, slot):
+        return self.scratch["x"].at[pl.ds(slot * product.rows, product.rows)]
+
+    def _sums(self, product, t, position):
+        w, steps, units = self.scratch["w"], product.steps, product.units
+        w_slot = lambda position, unit: lax.rem(position + unit, w.shape[0])
+
+        def release(i, position):
+            plgpu.barrier_arrive(self.scratch["x_empty"].at[lax.rem(i, product.slots)])
+            for unit in range(units):
+                plgpu.barrier_arrive(self.scratch["w_empty"].at[w_slot(position, unit)])
+
+        def run(*sums):
+            def step(k, position):
+                i = t * steps + k
+                slot = lax.rem(i, product.slots)
+                plgpu.barrier_wait(self.scratch["x_full"].at[slot])
+                rows = transposed(self._rows(product, slot))
+                for unit, total in enumerate(sums):
+                    plgpu.barrier_wait(self.scratch["w_full"].at[w_slot(position, unit)])
+                    plgpu.wgmma(total, transposed(w.at[w_slot(position, unit)]), rows)
+                plgpu.wgmma_wait(units)
+
+                @pl.when(k > 0)
+                def _():
+                    # The products before these have now read their pieces.
+                    release(i - 1, position - units)
+
+                return position + units
+
+            end = lax.fori_loop(0, steps, step, position)
+            return [total[...] for total in sums], end
+
+        accumulators = [plgpu.ACC((UNIT, product.rows), jnp.float32)] * units
+        sums, position = pl.run_scoped(run, *accumulators)
+        release(t * steps + steps - 1, position - units)
+        return sums, position
+
+
+def _drain(empty, position, slots):
+    """Waits for the last uses of slots, for which no refill has waited."""
+
+    def step(i, _):
+        plgpu.barrier_wait(empty.at[lax.rem(i, slots)])
+
+    lax.fori_loop(jnp.maximum(position - slots, 0), position, step, None)
