@@ -7,7 +7,7 @@ import pytest
 from kernel_cases import lower, quick_jit
 from test_models import tiny_model
 
-from lasad_jax.models import decoder
+from lasad_jax.models import decoder, decoder_mixers
 from lasad_jax.models.layers import NORM_EPSILON
 from lasad_jax.ops.kernels import decode_triton
 from lasad_jax.ops.passes.local_conv import TAPS, num_recent
@@ -42,7 +42,9 @@ def test_mix_kernel_is_the_plain_form(changes, dtype):
     empty = jnp.where(jnp.arange(ROWS) == 0, -0.3, -jnp.inf)
     log_weight = jnp.broadcast_to(empty, (*lead, ROWS))
     ring = Ring(random(*lead, key_dim, value_dim), rows(key_dim), rows(value_dim), log_weight)
-    plain = quick_jit(lambda p, ring, i: decoder.mix(config, layer, p, weights.turns, ring, i))
+    plain = quick_jit(
+        lambda p, ring, i: decoder_mixers.mix(config, layer, p, weights.turns, ring, i)
+    )
     kernel = quick_jit(
         lambda p, ring, i: decode_triton.mix(
             ring,

@@ -16,6 +16,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax import ops
+from lasad_jax.models import decoder_mixers as mixers
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.decoder_products import (
     normalise,
@@ -23,29 +24,20 @@ from lasad_jax.models.decoder_products import (
     project_add,
     swiglu,
 )
-from lasad_jax.models.decoder_weights import LayerWeights, Weights, prepare
+from lasad_jax.models.decoder_weights import Weights, prepare
 from lasad_jax.models.generator import LASADGen
 from lasad_jax.models.layers import NORM_EPSILON
 from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.models.mixers import FAMILIES
-from lasad_jax.models.rope import turn
 from lasad_jax.ops.kernels import between_tiling, choice
 from lasad_jax.ops.kernels.between_tiling import COUNTERS
 from lasad_jax.ops.passes.local_conv import TAPS, next_token
-from lasad_jax.ops.ring import Ring, ring_step, start_ring
+from lasad_jax.ops.ring import Ring, start_ring
 
 __all__ = ["IMPLEMENTATIONS", "Cache", "decode", "prefill", "prepare", "start"]
 
 IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic")
 _PREFERRED = "triton"  # by "auto", where it can run
-
-
-@struct.dataclass
-class KeysValues:
-    """What a softmax mixer remembers."""
-
-    k: Float[Array, "B N H Dk"]
-    v: Float[Array, "B N H Dv"]
 
 
 @struct.dataclass
@@ -57,7 +49,7 @@ class Layer:
       recent: newest inputs of the local convolution (`local_conv.init_recent`).
     """
 
-    mixer: Ring | ops.State | KeysValues
+    mixer: Ring | ops.State | mixers.KeysValues
     recent: Float[Array, "B W D"] | None
 
 
@@ -87,7 +79,7 @@ def start(config: ModelConfig, cache: PyTree) -> Cache:
     """The decoder's cache from the one that `LASADGen.prefill` returned."""
     split = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
     if config.mixer == "softmax":
-        begin = lambda cache: KeysValues(cache.k, cache.v)
+        begin = lambda cache: mixers.KeysValues(cache.k, cache.v)
     else:
         begin = (lambda state: state) if config.decay == "manhattan" else start_ring
     layers = tuple(Layer(begin(layer.mixer), layer.recent) for layer in split)
@@ -198,7 +190,7 @@ def _heads_and_rest(
 ):
     from lasad_jax.ops.kernels import decode_between
 
-    mixed, state = _mix("triton", config, layer, turns, projection, remembered.mixer, index)
+    mixed, state = mixers.lasad("triton", config, layer, turns, projection, remembered.mixer, index)
     x, projection, recent, counters = decode_between.between(
         mixed,
         x,
@@ -221,39 +213,15 @@ def _heads_and_rest(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _layer(config, form, fused, pair, layer, turns, x, remembered, index):
     """One layer of `decode`: the residual stream and what the layer remembers."""
-    mixer = _softmax if config.mixer == "softmax" else functools.partial(_lasad, form)
-    mixed, state = mixer(config, fused, layer, turns, x, remembered.mixer, index)
+    projection = project(fused, x, layer.projection)
+    mixer = mixers.softmax if config.mixer == "softmax" else functools.partial(mixers.lasad, form)
+    mixed, state = mixer(config, layer, turns, projection, remembered.mixer, index)
     x = y = project_add(fused, mixed, layer.out, x)
     recent = remembered.recent
     if recent is not None:
         y, recent = _norm_conv(form, config, layer, x, recent, index)
     hidden = swiglu(fused, y, layer.gate_up, norm=recent is None, pair=pair)
     return project_add(fused, hidden, layer.down, x), Layer(state, recent)
-
-
-# Mixers
-
-
-def _lasad(form, config, fused, layer, turns, x, state, index):
-    return _mix(form, config, layer, turns, project(fused, x, layer.projection), state, index)
-
-
-def _mix(form, config, layer, turns, projection, state, index):
-    if form == "triton":
-        from lasad_jax.ops.kernels import decode_triton
-
-        out, state = decode_triton.mix(
-            state,
-            projection,
-            index,
-            log_factor=layer.log_factor,
-            turns=turns,
-            gate_bias=layer.gate_bias,
-            epsilon=NORM_EPSILON,
-        )
-    else:
-        out, state = mix(config, layer, projection, turns, state, index)
-    return out.reshape(out.shape[0], -1), state
 
 
 def _norm_conv(form, config, layer, x, recent, index):
@@ -273,52 +241,3 @@ def _norm_conv(form, config, layer, x, recent, index):
     return next_token(
         normalise(x), recent, index, layer.conv, columns=config.grid[1], num_prefix=NUM_PREFIX
     )
-
-
-def mix(
-    config: ModelConfig,
-    layer: LayerWeights,
-    projection: Float[Array, "B columns"],
-    turns: Float[Array, "tokens 2 Dk"] | None,
-    state: Ring | ops.State,
-    index: Int[Array, ""],
-) -> tuple[Float[Array, "B H Dv"], Ring | ops.State]:
-    """From a token's projections to the gated output of every head, and the state after it."""
-    q, k, v, out_gate = _split_heads(config, projection, 4)
-    q, k, out_gate = jax.nn.silu(q), jax.nn.silu(k), jax.nn.silu(out_gate)
-    if config.rope:
-        q, k = turn(q, turns[index]), turn(k, turns[index])
-    q *= config.query_dim**-0.5
-    if isinstance(state, Ring):
-        place = index - NUM_PREFIX
-        g = layer.log_factor[place]
-        if config.selective:
-            first = config.num_heads * 2 * (config.query_dim + config.value_dim)
-            gate = projection[:, first : first + config.num_heads].astype(jnp.float32)
-            g -= jax.nn.softplus(gate + layer.gate_bias)
-        out, state = ring_step(state, q, k, v, g, place)
-    else:
-        out, state = ops.step(state, q, k, v, layer.decay, grid=config.grid)
-    return normalise(out) * out_gate, state
-
-
-def _softmax(config, fused, layer, turns, x, cache, index):
-    projection = project(fused, x, layer.projection)
-    q, k, v = _split_heads(config, projection, 3)
-    if config.rope:
-        q, k = turn(q, turns[index]), turn(k, turns[index])
-    update = jax.lax.dynamic_update_slice_in_dim
-    k = update(cache.k, k[:, None], index, axis=1)
-    v = update(cache.v, v[:, None], index, axis=1)
-    seen = index >= jnp.arange(k.shape[1])
-    out = jax.nn.dot_product_attention(q[:, None], k, v, mask=seen[None, None, None])
-    return out.reshape(x.shape[0], -1), KeysValues(k, v)
-
-
-def _split_heads(config, projection, num_parts):
-    """[q | k | v | out_gate] of all heads, or as many of them as there are."""
-    sizes = (config.query_dim, config.query_dim, config.value_dim, config.value_dim)[:num_parts]
-    lead, width = projection.shape[:-1], sum(sizes)
-    heads = projection[..., : config.num_heads * width].reshape(*lead, config.num_heads, width)
-    ends = [sum(sizes[: i + 1]) for i in range(num_parts - 1)]
-    return jnp.split(heads, ends, axis=-1)
