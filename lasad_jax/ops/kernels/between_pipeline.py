@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lasad_jax.ops.kernels.between_tiling import (
     CLUSTER,
+    DEPTH,
     UNIT,
     Product,
     rows_in_flight,
@@ -33,10 +34,10 @@ def scratch_types(products: tuple[Product, ...], interpret: bool) -> dict:
     barrier = plgpu.Barrier(num_barriers=num_slots)
     clusters = plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=num_slots)
     return {
-        "x": tiles(rows_in_flight(products), UNIT),
+        "x": tiles(rows_in_flight(products), DEPTH),
         "x_full": plgpu.Barrier(num_barriers=most_slots),
         "x_empty": plgpu.Barrier(num_barriers=most_slots),
-        "w": tiles(num_slots, UNIT, UNIT),
+        "w": tiles(num_slots, DEPTH, UNIT),
         "w_full": barrier,
         "w_empty": barrier if interpret else clusters,
         "out": tiles(max(p.rows for p in products), UNIT),
@@ -87,7 +88,7 @@ class Pipeline:
                         plgpu.barrier_wait(empty.at[slot])
 
                     first = (column * product.units + unit) * UNIT
-                    piece = matrix.at[pl.ds(k * UNIT, UNIT), pl.ds(first, UNIT)]
+                    piece = matrix.at[pl.ds(k * DEPTH, DEPTH), pl.ds(first, UNIT)]
                     plgpu.copy_gmem_to_smem(piece, w.at[slot], full.at[slot], **shared)
                 return position + product.units
 
@@ -105,8 +106,8 @@ class Pipeline:
                 plgpu.barrier_wait(empty.at[slot])
 
             row, _ = self.place(product, i // product.steps)
-            first = lax.rem(i, product.steps) * UNIT
-            piece = source.at[pl.ds(row, product.rows), pl.ds(first, UNIT)]
+            first = lax.rem(i, product.steps) * DEPTH
+            piece = source.at[pl.ds(row, product.rows), pl.ds(first, DEPTH)]
             plgpu.copy_gmem_to_smem(piece, self._rows(product, slot), full.at[slot])
 
         lax.fori_loop(0, self.tiles(product) * product.steps, step, None)

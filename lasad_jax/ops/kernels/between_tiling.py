@@ -11,13 +11,14 @@ import jax
 from lasad_jax.ops.kernels.choice import device, is_hopper
 from lasad_jax.ops.kernels.decode_tiling import INTAKE, L2, PRODUCTS, SHARED_MEMORY
 
-UNIT = 64  # columns, and inputs, of a piece of a matrix
+UNIT = 64  # columns of a piece of a matrix
+DEPTH = 128  # inputs of a piece of a matrix or of rows
 CLUSTER = 2  # programs, of rows below each other, that share pieces of matrices
 # int32 that programs count each other in: of each phase, in a line of the L2 cache of its own.
 COUNTERS = (5, 32)
 _CHANNELS = 128  # threads that a row is spread over
 _FEWEST_ROWS, _MULTIPLE = 64, 8  # as for `decode_product`
-_UNIT_BYTES = UNIT * UNIT * 2
+_PIECE_BYTES = DEPTH * UNIT * 2
 _ROWS_MEMORY = 96 * 1024  # bytes for rows on their way
 _MOST_SLOTS = 32  # barriers of one kind
 _MOST_ROWS = 128  # what registers hold sums of
@@ -42,8 +43,8 @@ class Product:
 
     @property
     def steps(self) -> int:
-        """Pieces of K."""
-        return self.K // UNIT
+        """Pieces of K, the last of which may be half empty."""
+        return -(-self.K // DEPTH)
 
     @property
     def blocks(self) -> int:
@@ -58,7 +59,7 @@ class Product:
     @property
     def slots(self) -> int:
         """Pieces of rows on their way at once."""
-        return min(_ROWS_MEMORY // (self.rows * UNIT * 2), self.steps, _MOST_SLOTS)
+        return min(_ROWS_MEMORY // (self.rows * DEPTH * 2), self.steps, _MOST_SLOTS)
 
     def cost(self, programs: int) -> float:
         """Microseconds, roughly, on an H100 or H200."""
@@ -78,7 +79,7 @@ def best_product(M: int, K: int, N: int, programs: int, *, gated: bool = False) 
 
 
 def rows_in_flight(products: tuple[Product, ...]) -> int:
-    """Rows of 64 inputs that shared memory holds."""
+    """Rows of DEPTH inputs that shared memory holds."""
     return max(p.rows * p.slots for p in products)
 
 
@@ -86,8 +87,8 @@ def weight_slots(products: tuple[Product, ...]) -> int:
     """Pieces of matrices that fit beside all else."""
     width = products[0].N // UNIT
     rows = max(p.rows for p in products)
-    others = rows_in_flight(products) * UNIT * 2 + rows * (UNIT * 2 + 4 * (width + 1)) + _BARRIERS
-    return min((SHARED_MEMORY - others) // _UNIT_BYTES, _MOST_SLOTS)
+    others = rows_in_flight(products) * DEPTH * 2 + rows * (UNIT * 2 + 4 * (width + 1)) + _BARRIERS
+    return min((SHARED_MEMORY - others) // _PIECE_BYTES, _MOST_SLOTS)
 
 
 def num_programs() -> int:
@@ -109,9 +110,9 @@ def obstacle(rows: int, D: int, inputs_and_outputs: tuple[int, ...]) -> str | No
         return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
     if rows < _FEWEST_ROWS or rows % _MULTIPLE:
         return f"it takes a multiple of {_MULTIPLE} rows, at least {_FEWEST_ROWS}, not {rows}"
-    if D % _CHANNELS or any(size % UNIT for size in inputs_and_outputs):
+    if D % _CHANNELS or any(size % UNIT or size < DEPTH for size in inputs_and_outputs):
         return (
-            f"it takes a width that is a multiple of {_CHANNELS} and else multiples of {UNIT}, "
-            f"not {D} and {inputs_and_outputs}"
+            f"it takes a width that is a multiple of {_CHANNELS} and other multiples of {UNIT}, "
+            f"at least {DEPTH}, not {D} and {inputs_and_outputs}"
         )
     return None
