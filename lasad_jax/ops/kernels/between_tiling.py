@@ -16,6 +16,8 @@ DEPTH = 128  # inputs of a piece of a matrix or of rows
 CLUSTER = 2  # programs, of rows below each other, that share pieces of matrices
 # int32 that programs count each other in: of each phase, in a line of the L2 cache of its own.
 COUNTERS = (5, 32)
+# Devices known to hold a program on each, in clusters, at once: they wait for each other.
+_MULTIPROCESSORS = (132,)
 _CHANNELS = 128  # threads that a row is spread over
 _FEWEST_ROWS, _MULTIPLE = 64, 8  # as for `decode_product`
 _PIECE_BYTES = DEPTH * UNIT * 2
@@ -91,10 +93,12 @@ def weight_slots(products: tuple[Product, ...]) -> int:
     return min((SHARED_MEMORY - others) // _PIECE_BYTES, _MOST_SLOTS)
 
 
-def num_programs() -> int:
+def num_programs() -> int | None:
     """Multiprocessors of the device: as many programs are at work at the same time."""
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return jax.devices()[0].core_count if abstract is None else abstract.num_cores
+    if abstract is not None:
+        return abstract.num_cores
+    return getattr(jax.devices()[0], "core_count", None)
 
 
 def obstacle(rows: int, D: int, inputs_and_outputs: tuple[int, ...]) -> str | None:
@@ -108,6 +112,8 @@ def obstacle(rows: int, D: int, inputs_and_outputs: tuple[int, ...]) -> str | No
         return f"it needs jax 0.11 or later, not {jax.__version__}"
     if where.platform not in ("gpu", "cuda") or not is_hopper(where):
         return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
+    if num_programs() not in _MULTIPROCESSORS:
+        return f"it takes one of {_MULTIPROCESSORS} multiprocessors, not {num_programs()}"
     if rows < _FEWEST_ROWS or rows % _MULTIPLE:
         return f"it takes a multiple of {_MULTIPLE} rows, at least {_FEWEST_ROWS}, not {rows}"
     if D % _CHANNELS or any(size % UNIT or size < DEPTH for size in inputs_and_outputs):

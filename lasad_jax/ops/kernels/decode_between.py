@@ -114,6 +114,8 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, early, interpret):
     if last is not None:
         sizes.append((*last, False))
     products = tuple(best_product(M, K, N, programs, gated=gated) for K, N, gated in sizes)
+    # Copies of squares are not clipped at the last row.
+    padded = max(p.blocks * CLUSTER * p.rows for p in products)
     bf16, f32 = jnp.bfloat16, jnp.float32
 
     def body(*refs):
@@ -264,10 +266,10 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, early, interpret):
     out_types = [
         like((M, D), bf16),  # x
         like((M, D), bf16),  # x after the mixer
-        like((D // UNIT, M), f32),  # its squares
+        like((D // UNIT, padded), f32),  # its squares
         like((M, D), bf16),  # y
         like((M, both // 2), bf16),  # hidden
-        like((D // UNIT, M), f32),  # squares of x
+        like((D // UNIT, padded), f32),  # squares of x
     ]
     scratch_of = scratch_types(products, interpret)
     scratch_of["squares"] = plgpu.SMEM((max(p.rows for p in products),), f32)
