@@ -123,11 +123,11 @@ def test_token_by_token(rows, sizes, columns, programs):
     assert not counters.any()
 
 
-def decoded(config, variables, tokens, labels, implementation):
+def decoded(config, variables, tokens, labels, implementation, packing=None):
     model, rest = LASADGen(config), jnp.asarray(tokens[:, :-1].T)
 
     def run(variables, labels, rest):
-        weights = decoder.prepare(config, variables["params"], implementation)
+        weights = decoder.prepare(config, variables["params"], packing or implementation)
         _, cache = model.apply(variables, labels, tokens[:, :0], method="prefill")
 
         def step(cache, token):
@@ -151,6 +151,8 @@ def test_whole_steps_are_as_near_to_float32_as_the_plain_form(monkeypatch):
     args = variables, tokens, labels
     truth = decoded(dataclasses.replace(config, dtype="float32"), *args, "xla")
     plain = decoded(config, *args, "xla")
+    # Other forms take the same weights.
+    np.testing.assert_allclose(decoded(config, *args, "xla", "mosaic"), plain, atol=1e-5)
 
     interpreted = functools.partial(between, programs=2, interpret=True)
     monkeypatch.setattr(decode_between, "between", interpreted)
