@@ -149,12 +149,9 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, early, interpret):
             """Those who have nothing to do need not wait."""
             pl.when(pipeline.tiles(product) > 0)(functools.partial(wait, phase))
 
-        def after_launch_before():
-            if early and not interpret:
-                plgpu.griddepcontrol_wait()
+        after_launch_before = plgpu.griddepcontrol_wait if early else lambda: None
 
-        def swiglu(gate, up):
-            return gate / (1 + jnp.exp(-gate)) * up
+        swiglu = lambda gate, up: gate / (1 + jnp.exp(-gate)) * up
 
         def add(product, result, position, residual, squares):
             """residual + x w, and each row's squares over the columns of a tile."""
