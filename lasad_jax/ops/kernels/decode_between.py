@@ -214,10 +214,11 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, early, interpret):
                         sums = [b if a is None else a + b for a, b in zip(sums, terms, strict=True)]
                     if not first:
                         wait(MIXED)
-                    for row, total in zip(rows, sums, strict=True):
-                        square = sum(middle_squares[j, row] for j in range(D // UNIT))
-                        value = _load(middle.at[row]) * lax.rsqrt(square / D + epsilon)
-                        value = value.astype(bf16)
+                    squares_of = lambda row: sum(middle_squares[j, row] for j in range(D // UNIT))
+                    scale = lambda row: lax.rsqrt(squares_of(row) / D + epsilon)
+                    # All loads before the first store, which would hold them up.
+                    values = [(_load(middle.at[row]) * scale(row)).astype(bf16) for row in rows]
+                    for row, value, total in zip(rows, values, sums, strict=True):
                         # The oldest neighbour lies where the newest will, in the same threads.
                         recent.at[row, lax.rem(index, window)][...] = value
                         y.at[row][...] = (value.astype(f32) * own + total).astype(bf16)
