@@ -6,5 +6,5 @@ Mosaic TPU. `choice` says which can run and which suits best. docs/kernels.md ex
 
 `add_norm_triton`, `local_conv_triton`, `local_conv_rows_triton`, `split_heads_triton`,
 `gated_triton` and `row_losses_triton` are apart from them: the kernels of `lasad_jax.ops.passes`.
-`decode_triton` is decoding's.
+`decode_triton`, `decode_product` and `decode_between` are decoding's.
 """
