@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from kernel_cases import lower, on, quick_jit
+from test_decode_product import NEEDS_JAX_11, exact, normal
 from test_models import tiny_model
 
 from lasad_jax.models import LASADGen, ModelConfig, decoder
@@ -32,19 +33,8 @@ if jax.__version_info__ >= (0, 11):
 
     from lasad_jax.ops.kernels.decode_between import between
 
-NEEDS_JAX_11 = pytest.mark.skipif(
-    jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
-)
 RNG = np.random.default_rng()
 EPSILON = 1e-2
-
-
-def normal(*shape, scale=1.0):
-    return jnp.asarray(RNG.normal(size=shape) * scale, jnp.bfloat16)
-
-
-def exact(x):
-    return np.asarray(x, np.float64)
 
 
 def normalised(x):

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from absl import flags
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from lasad_jax.config import SamplingConfig
 from lasad_jax.models import ModelConfig, decoder
@@ -32,6 +32,11 @@ def begin(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of the first code, and the cache to go on from."""
     return decoder.prefill(config, weights, labels, jnp.zeros((len(labels), 0), jnp.int32))
+
+
+def prepare(config: ModelConfig, params: PyTree) -> Weights:
+    """The decoder's weights, for the form that is asked for."""
+    return decoder.prepare(config, params, DECODER.value)
 
 
 def step(

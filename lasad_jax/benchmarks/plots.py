@@ -108,22 +108,19 @@ def draw_efficiency(
         axes.set(xlabel="devices")
     left.set(ylabel="images/s of a device, % of one alone")
     right.set(ylabel="% of a step in collectives that nothing hides")
-    _finish(left, from_zero=False)
-    _finish(right)
-    # One for both: few runs are on the left alone.
-    for axes in (left, right):
-        if legend := axes.get_legend():
-            legend.remove()
+    _finish(left, from_zero=False, legend=False)
+    _finish(right, legend=False)
+    # One legend for both: all runs of the right are on the left too.
     if left.get_lines():
         figure.legend(*left.get_legend_handles_labels(), loc="outside right upper")
     figure.suptitle(device)
     save(figure, path)
 
 
-def _finish(axes: Axes, *, from_zero: bool = True) -> None:
+def _finish(axes: Axes, *, from_zero: bool = True, legend: bool = True) -> None:
     if from_zero:
         top = max((max(line.get_ydata()) for line in axes.get_lines()), default=1.0)
         axes.set_ylim(0, 1.1 * top if math.isfinite(top) and top > 0 else 1.0)
     axes.grid(alpha=0.2)
-    if axes.get_lines():
+    if legend and axes.get_lines():
         axes.legend()

@@ -13,7 +13,7 @@ from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.limits import AllocatorPeak, compiled_bytes
 from lasad_jax.benchmarks.tables import one_line
 from lasad_jax.benchmarks.timing import seconds_per_call
-from lasad_jax.models import ModelConfig, count_parameters, counts, decoder
+from lasad_jax.models import ModelConfig, count_parameters, counts
 from lasad_jax.models.decoder import Weights
 from lasad_jax.models.generator import init_parameters
 from lasad_jax.training.state import unbox
@@ -23,8 +23,7 @@ _ROWS_PER_IMAGE = 2  # guidance: with the class and without
 
 @functools.partial(jax.jit, static_argnums=0)
 def _make_weights(config: ModelConfig) -> Weights:
-    params = unbox(init_parameters(config, jax.random.key(0)))
-    return decoder.prepare(config, params, decoding.DECODER.value)
+    return decoding.prepare(config, unbox(init_parameters(config, jax.random.key(0))))
 
 
 def _make_inputs(case: GeneratorCase, config: ModelConfig) -> tuple[jax.Array, jax.Array]:

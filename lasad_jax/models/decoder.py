@@ -37,7 +37,6 @@ from lasad_jax.ops.ring import Ring, start_ring
 __all__ = ["IMPLEMENTATIONS", "Cache", "decode", "prefill", "prepare", "start"]
 
 IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic")
-_PREFERRED = "triton"  # by "auto", where it can run
 
 
 @struct.dataclass
@@ -98,7 +97,7 @@ def resolve_implementation(config: ModelConfig, implementation: str = "auto") ->
         return implementation
     obstacle = _obstacle(config)
     if implementation == "auto":
-        return _PREFERRED if obstacle is None else "xla"
+        return "triton" if obstacle is None else "xla"
     if obstacle:
         raise ValueError(
             f"implementation: {implementation!r} cannot decode here: {obstacle}; use 'xla'"
