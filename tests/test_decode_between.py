@@ -122,8 +122,8 @@ def decoded(config, variables, tokens, labels, implementation, packing=None):
 
         def step(cache, token):
             decode = functools.partial(decoder.decode, implementation=implementation)
-            logits, cache = decode(config, weights, token, cache)
-            return cache, logits
+            features, cache = decode(config, weights, token, cache)
+            return cache, decoder.logits(weights, features)
 
         return jax.lax.scan(step, decoder.start(config, cache), rest)[1]
 

@@ -58,8 +58,8 @@ def decoded(config, variables, tokens, labels, num_given, *, plain_only=False):
             return cache, logits
 
         def fast(cache, token):
-            logits, cache = decoder.decode(config, weights, token, cache)
-            return cache, logits
+            features, cache = decoder.decode(config, weights, token, cache)
+            return cache, decoder.logits(weights, features)
 
         logits = jax.lax.scan(plain, cache, rest)[1]
         if plain_only:

@@ -309,7 +309,7 @@ def test_random_codes_differ_by_seed_and_fit(parse):
 def test_agreement_tells_other_codes_from_other_seeds(run_main, tmp_path, monkeypatch, warmer):
     if warmer:
         decode = decoder.decode
-        warm = lambda logits, cache: (logits / 2, cache)
+        warm = lambda features, cache: (features / 2, cache)
         monkeypatch.setattr(decoder, "decode", lambda *args, **how: warm(*decode(*args, **how)))
     cases = ["--cases=tiny:8x2x4", "--mixers=lasad", "--along=", "--agreement=2000"]
     run_main(sampling, *FEW, *cases, f"--out={tmp_path}")

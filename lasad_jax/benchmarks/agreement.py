@@ -77,7 +77,7 @@ def _histogram(logits: Float[Array, "B V"], key: Key[Array, ""], draws: int) -> 
     rows = jnp.arange(len(logits))
 
     def one(counts, key):
-        codes = draw(logits, jax.random.split(key, len(logits)), SamplingConfig())
+        codes = draw(logits, jax.random.uniform(key, rows.shape), SamplingConfig())
         return counts.at[rows, codes].add(1.0), None
 
     return jax.lax.scan(one, jnp.zeros_like(logits), jax.random.split(key, draws))[0] / draws
@@ -112,7 +112,8 @@ def _read_fast(
     config: ModelConfig, weights: decoder.Weights, images: dict[str, Int[Array, "B ..."]]
 ) -> Float[Array, "B V"]:
     given, rest = _halves(images["tokens"])
-    carry = decoder.prefill(config, weights, images["labels"], given)
+    features, cache = decoder.prefill(config, weights, images["labels"], given)
+    carry = decoder.logits(weights, features), cache
     step = lambda carry, codes: (decoding.step(config, weights, codes, carry[1]), None)
     return jax.lax.scan(step, carry, rest.T)[0][0]
 

@@ -31,7 +31,9 @@ def begin(
     config: ModelConfig, weights: Weights, labels: Int[Array, " B"]
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of the first code, and the cache to go on from."""
-    return decoder.prefill(config, weights, labels, jnp.zeros((len(labels), 0), jnp.int32))
+    nothing = jnp.zeros((len(labels), 0), jnp.int32)
+    features, cache = decoder.prefill(config, weights, labels, nothing)
+    return decoder.logits(weights, features), cache
 
 
 def prepare(config: ModelConfig, params: PyTree) -> Weights:
@@ -43,4 +45,5 @@ def step(
     config: ModelConfig, weights: Weights, tokens: Int[Array, " B"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of the code after `tokens`, and the cache to go on from."""
-    return decoder.decode(config, weights, tokens, cache, implementation=DECODER.value)
+    features, cache = decoder.decode(config, weights, tokens, cache, implementation=DECODER.value)
+    return decoder.logits(weights, features), cache

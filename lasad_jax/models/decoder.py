@@ -1,8 +1,11 @@
 """One token at a time, as fast as it goes: `LASADGen.decode_step` over prepared weights.
 
     weights = prepare(config, params)
-    logits, cache = prefill(config, weights, labels, tokens)
-    logits, cache = decode(config, weights, tokens, cache)   # as often as there are codes
+    features, cache = prefill(config, weights, labels, tokens)
+    tokens = choose(logits(weights, features))                  # as often as there are codes
+    features, cache = decode(config, weights, tokens, cache)
+
+Logits are apart because guidance may come before them: they are linear in the features.
 
 Layers are a tuple, not a stacked array, and their loop is unrolled: inside a scan over
 tokens every cache is then updated in place, and no weight is cast, sliced or copied.
@@ -13,7 +16,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Float32, Int, PyTree
 
 from lasad_jax import ops
 from lasad_jax.models import decoder_mixers as mixers
@@ -34,7 +37,7 @@ from lasad_jax.ops.kernels.between_tiling import COUNTERS
 from lasad_jax.ops.passes.local_conv import TAPS, next_token
 from lasad_jax.ops.ring import Ring, start_ring
 
-__all__ = ["IMPLEMENTATIONS", "Cache", "decode", "prefill", "prepare", "start"]
+__all__ = ["IMPLEMENTATIONS", "Cache", "decode", "logits", "prefill", "prepare", "start"]
 
 IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic")
 
@@ -67,11 +70,17 @@ class Cache:
 
 def prefill(
     config: ModelConfig, weights: Weights, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
-) -> tuple[Float[Array, "B V"], Cache]:
-    """`LASADGen.prefill`: logits after the label and the first n codes, and the cache."""
+) -> tuple[Float32[Array, "B D"], Cache]:
+    """`LASADGen.prefill`: features after the label and the first n codes, and the cache."""
     model = LASADGen(config, folded=True)
-    logits, cache = model.apply({"params": weights.params}, labels, tokens, method="prefill")
-    return logits, start(config, cache)
+    (features, _), cache = model.apply({"params": weights.params}, labels, tokens, method="read")
+    return features.astype(jnp.float32), start(config, cache)
+
+
+def logits(weights: Weights, features: Float32[Array, "B D"]) -> Float32[Array, "B V"]:
+    """Of the code that comes next, from what `prefill` or `decode` returned."""
+    head = weights.params["head"]["kernel"]
+    return jnp.dot(features.astype(head.dtype), head, preferred_element_type=jnp.float32)
 
 
 def start(config: ModelConfig, cache: PyTree) -> Cache:
@@ -123,8 +132,8 @@ def decode(
     cache: Cache,
     *,
     implementation: str = "auto",
-) -> tuple[Float[Array, "B V"], Cache]:
-    """Reads one code of each image; returns the logits of the next and the new cache.
+) -> tuple[Float32[Array, "B D"], Cache]:
+    """Reads one code of each image; returns the features of the next and the new cache.
 
     Args:
       config: the generator's.
@@ -136,7 +145,7 @@ def decode(
         "mosaic", for Hopper GPUs, bf16 and a local convolution, is a layer in two launches.
 
     Returns:
-      float32 logits and the cache after the codes.
+      the features, of unit mean square, and the cache after the codes.
 
     Raises:
       ValueError: as `resolve_implementation`, or for weights, or rows, that "mosaic" cannot take.
@@ -153,9 +162,8 @@ def decode(
                 config, form, fused, weights.pair, layer, weights.turns, x, remembered, cache.index
             )
             layers.append(remembered)
-    head = weights.params["head"]["kernel"]
-    logits = jnp.dot(normalise(x), head, preferred_element_type=jnp.float32)
-    return logits, Cache(cache.index + 1, tuple(layers), counters)
+    features = normalise(x.astype(jnp.float32))
+    return features, Cache(cache.index + 1, tuple(layers), counters)
 
 
 def _layers_in_pairs_of_launches(config, weights, x, cache):

@@ -152,9 +152,16 @@ class LASADGen(nn.Module):
         Returns:
           logits of code number n, and the cache to go on from.
         """
+        (x, scale), cache = self.read(labels, tokens)
+        return self._logits((x[:, None], scale))[:, 0], cache
+
+    def read(
+        self, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
+    ) -> tuple[tuple[Float[Array, "B D"], Float[Array, " D"]], Cache]:
+        """`prefill` up to the head: features and the scale for the head's rows, and the cache."""
         cache = init_cache(self.config, labels.shape[0])
         (x, scale), cache = self._run(self._embed(labels, tokens), cache)
-        return self._logits((x[:, -1:], scale))[:, 0], cache
+        return (x[:, -1], scale), cache
 
     def decode_step(
         self, tokens: Int[Array, " B"], cache: Cache

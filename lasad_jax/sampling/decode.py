@@ -49,27 +49,30 @@ def generate(
     null = jnp.full_like(labels, model_config.num_classes)
     all_labels = jnp.concatenate([labels, null]) if guided else labels
 
-    def choose(logits, token):
+    def choose(features, token, uniforms):
         if guided:
-            conditional, unconditional = jnp.split(logits, 2)
+            # Before the head, which is linear: it then sees each image once.
+            conditional, unconditional = jnp.split(features, 2)
             scale = guidance_scale(sampling, token, num_tokens)
-            logits = guide(conditional, unconditional, scale)
-        token_keys = jax.vmap(lambda key: jax.random.fold_in(key, token))(keys)
-        return draw(logits, token_keys, sampling).astype(jnp.int32)
+            features = guide(conditional, unconditional, scale)
+        return draw(decoder.logits(weights, features), uniforms, sampling).astype(jnp.int32)
 
-    def next_token(carry, token):
-        logits, cache = carry
-        chosen = choose(logits, token)
-        logits, cache = decoder.decode(
+    def next_token(carry, of_token):
+        features, cache = carry
+        chosen = choose(features, *of_token)
+        carry = decoder.decode(
             model_config, weights, double(chosen), cache, implementation=implementation
         )
-        return (logits, cache), chosen
+        return carry, chosen
 
     if num_given == num_tokens:
         return given
     carry = decoder.prefill(model_config, weights, all_labels, double(given))
-    (logits, _), drawn = jax.lax.scan(next_token, carry, jnp.arange(num_given, num_tokens - 1))
-    final = choose(logits, jnp.asarray(num_tokens - 1))
+    tokens = jnp.arange(num_given, num_tokens)
+    uniform = lambda token, key: jax.random.uniform(jax.random.fold_in(key, token))
+    uniforms = jax.vmap(jax.vmap(uniform, (None, 0)), (0, None))(tokens, keys)
+    (features, _), drawn = jax.lax.scan(next_token, carry, (tokens[:-1], uniforms[:-1]))
+    final = choose(features, tokens[-1], uniforms[-1])
     return jnp.concatenate([given, drawn.T, final[:, None]], axis=1)
 
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt32
 
 from lasad_jax.config import SamplingConfig
+from lasad_jax.ops.passes.categorical import categorical
 
 # Bits of the threshold found by one pass over the vocabulary, which asks about 2**_BITS - 1
 # thresholds at once. A pass waits for the one before it, and costs a GPU two launches.
@@ -76,9 +77,9 @@ def _from_ordered(ordered: UInt32[Array, "*S"]) -> Float[Array, "*S"]:
 
 
 def draw(
-    logits: Float[Array, "B V"], keys: Key[Array, " B"], config: SamplingConfig
+    logits: Float[Array, "B V"], uniforms: Float32[Array, " B"], config: SamplingConfig
 ) -> Int[Array, " B"]:
-    """One code for each image, with a key of its own."""
+    """One code for each image, by a number of its own, uniform in [0, 1)."""
     if config.temperature == 0:
         return jnp.argmax(logits, axis=-1)
     logits = logits / config.temperature
@@ -86,4 +87,4 @@ def draw(
         logits = keep_top_k(logits, config.top_k)
     if config.top_p < 1:
         logits = keep_top_p(logits, config.top_p)
-    return jax.vmap(jax.random.categorical)(keys, logits)
+    return categorical(logits, uniforms)

@@ -24,7 +24,7 @@ def guidance_scale(
 
 
 def guide(
-    conditional: Float[Array, "B V"], unconditional: Float[Array, "B V"], scale: Float[Array, ""]
-) -> Float[Array, "B V"]:
-    """u + s (c - u) on logits (arXiv 2207.12598)."""
+    conditional: Float[Array, "B D"], unconditional: Float[Array, "B D"], scale: Float[Array, ""]
+) -> Float[Array, "B D"]:
+    """u + s (c - u), of logits (arXiv 2207.12598) or of features that a matrix makes them from."""
     return unconditional + scale * (conditional - unconditional)
