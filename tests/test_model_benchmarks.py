@@ -230,13 +230,13 @@ def test_time_along_the_sequence_is_that_of_each_place(parse, monkeypatch):
     def begin(config, weights, labels):
         return jnp.zeros((len(labels), 4)), {"index": jnp.zeros((), jnp.int32)}
 
-    def decode(config, weights, tokens, cache, *, implementation):
+    def step(config, weights, tokens, cache):
         sleep = lambda index: (time.sleep(0.05 if index >= 6 else 0.0), index + 1)[1]
         index = jax.pure_callback(sleep, cache["index"], cache["index"])
         return jnp.zeros((len(tokens), 4)) + index, {"index": index}
 
     monkeypatch.setattr(decoding, "begin", begin)
-    monkeypatch.setattr(decoder, "decode", decode)
+    monkeypatch.setattr(decoding, "step", step)
     case = GeneratorCase.parse("tiny:1x2x5")
     segment = sample_rows.lower_along(case, "lasad", 3).compile()
     row = sample_rows.along_row(case, "lasad", segment, length=3, repeats=3)
