@@ -143,7 +143,7 @@ class FeedForward(nn.Module):
         shape, axes = (self.config.width, ffn_width(self.config)), ("embed", "mlp")
         kernels = [Kernel(self.config, shape, axes, name=name)() for name in ("gate", "up")]
         # Side by side on an axis of their own, which leaves that of "mlp" to be split over a mesh.
-        gate_up = keep(product(x, jnp.stack(kernels, axis=1)))
+        gate_up = keep(product(x, keep(jnp.stack(kernels, axis=1))))
         return swiglu_product(
             gate_up,
             Kernel(self.config, shape[::-1], axes[::-1], name="down")(),

@@ -154,7 +154,7 @@ class LASADMixer(nn.Module):
             gate, bias = DecayGate(config, shape, _HEADS[:2], name="decay_gate")()
             kernels.append(jnp.pad(gate[..., None], ((0, 0), (0, 0), (0, _ALIGNMENT - 1))))
         # Joined within each head, so that heads can still be split over a mesh.
-        return keep(product(x, jnp.concatenate(kernels, axis=-1))), bias
+        return keep(product(x, keep(jnp.concatenate(kernels, axis=-1)))), bias
 
     def _decay(self) -> ops.Decay:
         rows, columns = self.config.grid

@@ -72,7 +72,7 @@ def _add_norm(forward: Callable, backward: Callable, x, branch, seeds):
 
 def _forward_rule(forward, backward, x, branch, seeds):
     x, y, factor = forward(x, branch, seeds)
-    y, factor = keep((y, factor))
+    y, factor, seeds = keep((y, factor, seeds))
     return (x, y), (y, factor, seeds)
 
 
