@@ -256,3 +256,27 @@ def test_long_images_are_cut_into_blocks(name, kernels_on_cpu, monkeypatch):
     got = with_gradients(args, args[0][:, ::-1], name, *static)
     want = with_gradients(args, args[0][:, ::-1], "chunked", *static)
     assert_close(got, want, 1e-5)
+
+
+def test_heads_are_mixed_in_one_kernel_where_it_can_run():
+    """And where heads are enough to fill the device, one program each."""
+    shape = lambda batch=64, num_tokens=256, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+        (batch, num_tokens, 12, 200), dtype
+    )
+    able = jax.__version_info__ >= (0, 11)
+    good = {"y": shape(), "widths": (32, 64), "decay": NoDecay()}
+    with on("H200"):
+        assert choice.mixes_heads(**good) == able
+        for changes in (
+            {"y": shape(dtype=jnp.float32)},
+            {"y": shape(num_tokens=257)},
+            {"y": shape(num_tokens=56)},
+            {"widths": (64, 64)},
+            {"decay": ManhattanDecay(jnp.ones(12), jnp.ones(12))},
+            {"y": shape(batch=1, num_tokens=4096)},
+            {"y": shape(num_tokens=4096), "devices": 64},
+        ):
+            assert not choice.mixes_heads(**(good | changes)), changes
+    for other in ("A100", "v5e"):
+        with on(other):
+            assert not choice.mixes_heads(**good)

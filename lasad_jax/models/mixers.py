@@ -18,10 +18,12 @@ from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.layers import NORM_EPSILON, Kernel, Scale
 from lasad_jax.models.local_conv import NUM_PREFIX
-from lasad_jax.models.operator import linear_attention, mesh_axes, passes
+from lasad_jax.models.operator import linear_attention, mesh_axes, num_devices, passes
 from lasad_jax.models.rope import rotate, turns
 from lasad_jax.ops.keep import keep
+from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.passes.gated_products import gated_heads_product
+from lasad_jax.ops.passes.mixed_heads import log_factors, mixed_heads_product
 from lasad_jax.ops.passes.split_heads import split_heads
 from lasad_jax.ops.product import product
 
@@ -85,24 +87,31 @@ class LASADMixer(nn.Module):
         table = None
         if config.rope:
             table = turns(config.grid, config.query_dim, index, x.shape[1], prefix_scale=1.0)
+        decay, state = self._decay(), None
+        # In the rows of the next kernel.
+        Scale(config, (config.num_heads, config.value_dim), _HEADS[1:], name="norm")()
+        kernel = Kernel(config, _out_shape(config), _OUT, name="out")()
+        q_scale = config.query_dim**-0.5
         over = {
-            "implementation": passes(config),
             "batch_axes": mesh_axes("batch", x.shape[0]),
             "head_axes": mesh_axes("heads", config.num_heads),
         }
+        if cache is None and self._mixes_heads(y, decay):
+            steps = log_factors(decay, x.shape[1], config.grid)
+            options = {"q_scale": q_scale, "epsilon": NORM_EPSILON, **over}
+            return mixed_heads_product(y, kernel, steps, bias, table, **options), None
+        over["implementation"] = passes(config)
         q, k, v, log_gate, y = split_heads(
             y,
             table,
             key_dim=config.query_dim,
             value_dim=config.value_dim,
-            q_scale=config.query_dim**-0.5,
+            q_scale=q_scale,
             gated=config.selective,
             **over,
         )
         if config.selective:
             log_gate = -jax.nn.softplus(log_gate + bias)
-
-        decay, state = self._decay(), None
         if one_step:
             gate = None if log_gate is None else log_gate[:, 0]
             out, state = ops.step(
@@ -124,12 +133,10 @@ class LASADMixer(nn.Module):
             if cache is not None:
                 out, state = out
             out = keep(out)
-        # In the rows of the next kernel.
-        Scale(config, (config.num_heads, config.value_dim), _HEADS[1:], name="norm")()
         out = gated_heads_product(
             out,
             y,
-            Kernel(config, _out_shape(config), _OUT, name="out")(),
+            kernel,
             gate_start=2 * config.query_dim + config.value_dim,
             epsilon=NORM_EPSILON,
             partial_gradient=True,
@@ -155,6 +162,13 @@ class LASADMixer(nn.Module):
             kernels.append(jnp.pad(gate[..., None], ((0, 0), (0, 0), (0, _ALIGNMENT - 1))))
         # Joined within each head, so that heads can still be split over a mesh.
         return keep(product(x, keep(jnp.concatenate(kernels, axis=-1)))), bias
+
+    def _mixes_heads(self, y: Float[Array, "B N H W"], decay: ops.Decay) -> bool:
+        """Whether all that lies between the projections runs as one kernel each way."""
+        config = self.config
+        devices = num_devices("batch", y.shape[0]) * num_devices("heads", config.num_heads)
+        widths = config.query_dim, config.value_dim
+        return config.implementation == "auto" and choice.mixes_heads(y, widths, decay, devices)
 
     def _decay(self) -> ops.Decay:
         rows, columns = self.config.grid

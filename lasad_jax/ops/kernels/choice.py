@@ -88,6 +88,10 @@ def obstacle(
     return _obstacle_on_hopper(where, q, v, exact, num_prefix)
 
 
+def _jax_version() -> tuple[int, ...]:
+    return tuple(int(x) for x in jax.__version__.split(".")[:2])
+
+
 def _obstacle_on_hopper(
     where: Device,
     q: Array | jax.ShapeDtypeStruct,
@@ -95,10 +99,9 @@ def _obstacle_on_hopper(
     exact: bool,
     num_prefix: int,
 ) -> str | None:
-    version = tuple(int(x) for x in jax.__version__.split(".")[:2])
     if exact:
         return "it has no 2D decay; use 'triton'"
-    if version < (0, 11):
+    if _jax_version() < (0, 11):
         return f"it needs jax 0.11 or later, not {jax.__version__}"
     if not is_hopper(where):
         return f"it needs a Hopper GPU (H100, H200), not {where.kind}"
@@ -138,6 +141,29 @@ def prefers_triton(x: Array, implementation: str) -> bool:
     if implementation == "triton" and obstacle:
         raise ValueError(f"implementation: 'triton' cannot run here: {obstacle}; use 'auto'")
     return implementation != "plain" and obstacle is None
+
+
+def mixes_heads(
+    y: Array | jax.ShapeDtypeStruct, widths: tuple[int, int], decay: Decay, devices: int = 1
+) -> bool:
+    """Whether the kernels of `passes.mixed_heads` can run and suit a mixer.
+
+    They are of a single recurrence whose segments are one.
+
+    Args:
+      y: joint projection (B, N, H, W) of all devices; only its shape and dtype count.
+      widths: Dk and Dv.
+      decay: only its family counts.
+      devices: that images and heads are split over.
+    """
+    where = device()
+    batch, num_tokens, heads, _ = y.shape
+    able = where.is_gpu and is_hopper(where) and _jax_version() >= (0, 11)
+    if not able or isinstance(decay, ManhattanDecay):
+        return False
+    fits = y.dtype == jnp.bfloat16 and widths == (32, 64)
+    fits = fits and num_tokens % 8 == 0 and num_tokens >= 64
+    return fits and _segments(batch * heads // devices, -(-num_tokens // 64)) == 1
 
 
 def recurrence(name: str, q: Array, v: Array, *, interpret: bool = False) -> Backend:

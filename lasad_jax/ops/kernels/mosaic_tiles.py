@@ -1,4 +1,4 @@
-"""What the Mosaic GPU kernels are built of: 64 x 64 tiles, their products, walk and launch.
+"""What the Mosaic GPU kernels are built of: tiles of 64 rows, their products, walk and launch.
 
 A tile in registers is spread over one warpgroup as wgmma leaves it. Vectors live spread by
 row or by column of such a tile; shared memory holds tiles swizzled, as wgmma and TMA take
@@ -25,25 +25,23 @@ DIM = 64
 TILE = plgpu.Layout.WGMMA
 ROW = TILE.reduce(1)  # a number per row of a tile
 COLUMN = TILE.reduce(0)  # a number per column of a tile
-_TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-_SQUARE = (64, 64)
 
 
 # Values in registers
 
 
-def by_row(x):
+def by_row(x, width=DIM):
     """(64,) by row to a whole tile."""
-    return lax.broadcast_in_dim(x, _SQUARE, [0])
+    return lax.broadcast_in_dim(x, (CHUNK, width), [0])
 
 
 def by_column(x):
-    """(64,) by column to a whole tile."""
-    return lax.broadcast_in_dim(x, _SQUARE, [1])
+    """(width,) by column to a whole tile."""
+    return lax.broadcast_in_dim(x, (CHUNK, x.shape[0]), [1])
 
 
-def zeros():
-    return plgpu.layout_cast(jnp.zeros(_SQUARE, jnp.float32), TILE)
+def zeros(width=DIM):
+    return plgpu.layout_cast(jnp.zeros((CHUNK, width), jnp.float32), TILE)
 
 
 def without_prefix(since, layout, chunk, num_prefix):
@@ -61,15 +59,15 @@ def masked(scores, weights, mask_tile):
     return lax.bitcast_convert_type(bits(weighted) & bits(mask_tile[...]), jnp.bfloat16)
 
 
-def _fill_mask(mask_tile, queries):
+def fill_mask(mask_tile, queries):
     """Ones where the query, by row or by column (`queries` 0 or 1), is no earlier than the key."""
     visible = iota(queries) >= iota(1 - queries)
     bits = jnp.where(visible, -1, 0).astype(jnp.int16)
     mask_tile[...] = lax.bitcast_convert_type(bits, jnp.bfloat16)
 
 
-def iota(dimension):
-    return plgpu.broadcasted_iota(jnp.int32, _SQUARE, dimension, layout=TILE)
+def iota(dimension, width=DIM):
+    return plgpu.broadcasted_iota(jnp.int32, (CHUNK, width), dimension, layout=TILE)
 
 
 def multiply(*sums, work=lambda: None, interpret):
@@ -94,7 +92,8 @@ def multiply(*sums, work=lambda: None, interpret):
         done = work()
         return [accumulator[...] for accumulator in accumulators], done
 
-    return pl.run_scoped(run, *[plgpu.ACC(_SQUARE, jnp.float32)] * len(sums))
+    shape = lambda term: (CHUNK, (term[1] if isinstance(term, tuple) else term).shape[1])
+    return pl.run_scoped(run, *(plgpu.ACC(shape(terms[0]), jnp.float32) for terms in sums))
 
 
 def transposed(tile):
@@ -178,9 +177,10 @@ def walk_buffers(num_tensors, stages):
     )
 
 
-def tiles(*lead):
-    """Scratch memory for tiles."""
-    return plgpu.SMEM((*lead, *_SQUARE), jnp.bfloat16, transforms=_TRANSFORMS)
+def tiles(*lead, width=DIM, swizzle=128):
+    """Scratch memory for tiles. wgmma takes two of the same swizzle, in bytes."""
+    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM((*lead, CHUNK, width), jnp.bfloat16, transforms=transforms)
 
 
 # The prefix token
@@ -210,7 +210,7 @@ def fill_tiles(inputs, batch, head, mask_tile, queries, buffers, *prefix_tile):
     """Fills what a walk only reads, the mask and the product of a prefix token if there is one."""
     if prefix_tile:
         _fetch_prefix(inputs, batch, head, buffers)
-    _fill_mask(mask_tile, queries)
+    fill_mask(mask_tile, queries)
     if prefix_tile:
         _multiply_prefix(buffers, *prefix_tile)
     plgpu.commit_smem()
@@ -241,7 +241,7 @@ def _prefix(buffers):
 
 
 def launch(kernel, inputs, out_type, scratch, grid, interpret, *, name):
-    """One program of one warpgroup for each (batch, head, segment); profilers show `name`.
+    """One program of one warpgroup for each (batch, head[, segment]); profilers show `name`.
 
     kernel: called with dictionaries of inputs, outputs and scratch memory.
     """
@@ -257,7 +257,7 @@ def launch(kernel, inputs, out_type, scratch, grid, interpret, *, name):
         out_type=list(out_type.values()),
         scratch_types=list(scratch.values()),
         grid=grid,
-        grid_names=("b", "h", "z"),
+        grid_names=tuple("bhz"[: len(grid)]),
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )(*inputs.values())

@@ -1,0 +1,159 @@
+"""A mixer's heads from joint projection to gated output on Hopper: Mosaic GPU, forward.
+
+For bf16 with Dk = 32 and Dv = 64. One warpgroup walks the chunks of one (image, head): queries,
+keys, values and gates go from the projection's columns into products, and the gated heads
+leave, the next chunk's tiles on their way meanwhile. The state is held transposed, (Dv, Dk): the
+longer side fills the rows of wgmma. The first token is the prefix.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float32
+
+from lasad_jax.ops.kernels import mixed_heads_tiles as mh
+from lasad_jax.ops.kernels import mosaic_tiles as mg
+from lasad_jax.ops.kernels.mixed_heads_mosaic_backward import backward
+from lasad_jax.ops.kernels.mosaic_columns import Arrivals, tiles
+
+__all__ = ["backward", "forward"]
+
+_STAGES = 2
+
+
+def forward(
+    y: BFloat16[Array, "B N H W"],
+    b: Float32[Array, "one_or_B H M 64"],
+    table: Float32[Array, "M*64 32"] | None,
+    *,
+    q_scale: float,
+    epsilon: float,
+    keep_states: bool,
+    interpret: bool = False,
+) -> tuple[Array, ...]:
+    """The gated heads h (B, N, H, 64) and, with `keep_states`, what `backward` takes: the heads o
+    before norm and gate, and the transposed state before each chunk (B, H, M, 64, 32), in bf16.
+
+    Args:
+      y: joint projection; a head's first columns are [q 32 | k 32 | v 64 | out_gate 64].
+      b: running sums of the log-decays within each chunk of 64 tokens.
+      table: cosine and sine of each pair of a token; None does not rotate.
+      q_scale: factor of the queries.
+      epsilon: of the norm.
+      keep_states: as said.
+      interpret: run on any platform, slowly.
+    """
+    batch, num_tokens, heads, _ = y.shape
+    chunks = b.shape[2]
+    tokens = jax.ShapeDtypeStruct((batch, num_tokens, heads, mh.VALUE_DIM), y.dtype)
+    out_type = {"h": tokens}
+    if keep_states:
+        shape = (batch, heads, chunks, mh.VALUE_DIM, mh.KEY_DIM)
+        out_type |= {"o": tokens, "states": jax.ShapeDtypeStruct(shape, y.dtype)}
+    multiply = functools.partial(mg.multiply, interpret=interpret)
+    turns = functools.partial(mh.Turns.load, interpret=interpret)
+    load = functools.partial(mh.load, interpret=interpret)
+    scale, t = math.log2(q_scale), mg.transposed
+
+    def kernel(inputs, outputs, scratch):
+        at, head = lax.axis_index("b"), lax.axis_index("h")
+        y, table = inputs["y"], inputs.get("table")
+        mask_tile, prefix_tile, decayed_tile = (scratch[x] for x in ("mask", "prefix", "decayed"))
+        b_slots, b_ready = scratch["b"], scratch["b_ready"]
+        arrivals = Arrivals(scratch["arrivals"], interpret)
+        slots = [scratch[name] for name in ("q", "k", "v", "out_gate")]
+        own = at if inputs["b"].shape[0] > 1 else 0
+
+        def fetch(c):
+            slot = lax.rem(c, _STAGES)
+            for column, tile in zip((mh.Q, mh.K, mh.V, mh.OUT_GATE), slots, strict=True):
+                arrivals.fetch(y, at, c * mg.CHUNK, head, column, tile.at[slot], slot)
+            source = inputs["b"].at[own, head, c]
+            plgpu.copy_gmem_to_smem(source, b_slots.at[slot], b_ready.at[slot])
+
+        def step(c, state):
+            slot = lax.rem(c, _STAGES)
+            q_tile, k_tile, v_tile, gate_tile = (x.at[slot] for x in slots)
+            turn = turns(table, pl.ds(c * mg.CHUNK, mg.CHUNK))
+            arrivals.wait(slot, lax.div(c, _STAGES))
+            plgpu.barrier_wait(b_ready.at[slot])
+            decays = mg.Decays.load(b_slots.at[slot])
+            keys = mg.without_prefix(decays.row, mg.ROW, c, 1)
+            queries = decays.row + scale  # not themselves scaled, but what they meet
+
+            active = lambda tile: turn(mh.silu(load(tile)))
+            q = mh.narrow(active(q_tile))
+            k = active(k_tile)
+            k_tile[...] = mh.narrow(k)
+            to_end = mg.by_row(jnp.exp2(decays.whole - keys), mh.KEY_DIM)
+            decayed_tile[...] = mh.narrow(k * to_end)
+            q_tile[...] = mh.narrow(state)  # the queries are in registers
+            plgpu.commit_smem()
+
+            def weigh():
+                keys = mg.without_prefix(decays.column, mg.COLUMN, c, 1)
+                return jnp.exp2(mg.by_row(queries) - mg.by_column(keys))
+
+            (scores, carried), weights = multiply([(q, t(k_tile))], [(q, t(q_tile))], work=weigh)
+            if keep_states:
+                plgpu.copy_smem_to_gmem(q_tile, outputs["states"].at[at, head, c])
+            scores = mg.masked(scores, weights, mask_tile)
+
+            def meanwhile():
+                plgpu.wait_smem_to_gmem(1 if keep_states else 0, wait_read_only=True)
+                later = c + _STAGES - 1
+                pl.when((c > 0) & (later < chunks))(lambda: fetch(later))
+                return mh.silu(load(gate_tile))
+
+            (out, state), gate = multiply(
+                [
+                    carried * mg.by_row(jnp.exp2(queries)),
+                    (scores, v_tile),
+                    (q, t(prefix_tile)),
+                ],
+                [state * jnp.exp2(decays.whole), (t(v_tile), decayed_tile)],
+                work=meanwhile,
+            )
+            plgpu.commit_smem()
+            if keep_states:
+                v_tile[...] = mh.narrow(out)
+            gate_tile[...] = mh.narrow(out * mh.root_mean_square(out, epsilon) * gate)
+            plgpu.commit_smem()
+            leaving = {"h": gate_tile} | ({"o": v_tile} if keep_states else {})
+            for name, tile in leaving.items():
+                rows = pl.ds(c * mg.CHUNK, mg.CHUNK)
+                plgpu.copy_smem_to_gmem(tile, outputs[name].at[at, rows, head])
+            return state
+
+        arrivals.start(copies=len(slots))
+        for c in range(min(_STAGES, chunks)):
+            fetch(jnp.int32(c))
+        mg.fill_mask(mask_tile, 0)
+        product = mh.Prefix.load(y, table, at, head, interpret).product()
+        prefix_tile[...] = mh.narrow(product * q_scale)
+        plgpu.commit_smem()
+        lax.fori_loop(0, chunks, step, mg.zeros(mh.KEY_DIM))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    inputs = {"y": y, "b": b} | ({} if table is None else {"table": table})
+    narrow, broad = (functools.partial(tiles, width=x) for x in (mh.KEY_DIM, mh.VALUE_DIM))
+    scratch = {
+        "q": narrow(_STAGES),
+        "k": narrow(_STAGES),
+        "v": broad(_STAGES),
+        "out_gate": broad(_STAGES),
+        "b": plgpu.SMEM((_STAGES, mg.CHUNK), jnp.float32),
+        "b_ready": plgpu.Barrier(num_arrivals=1, num_barriers=_STAGES),
+        "arrivals": Arrivals.scratch(4, _STAGES, interpret),
+        "mask": broad(),
+        "prefix": narrow(),
+        "decayed": narrow(),
+    }
+    grid = (batch, heads)
+    out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="mixed_heads_forward")
+    return tuple(out.values())

@@ -1,0 +1,230 @@
+"""A mixer's heads from joint projection to gated output on Hopper: Mosaic GPU, backward.
+
+One walk from the last chunk to the first: through gate and norm, the recurrence and what is done
+to queries and keys. How the kernel is built: `mixed_heads_mosaic`.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float32
+
+from lasad_jax.ops.kernels import mixed_heads_tiles as mh
+from lasad_jax.ops.kernels import mosaic_tiles as mg
+from lasad_jax.ops.kernels.mosaic_columns import Arrivals, store, tiles
+from lasad_jax.ops.kernels.recurrence_mosaic_backward import cross
+
+_STAGES = 2
+# The stage of `Arrivals` that what gate and norm take arrives at.
+_GATED = _STAGES
+
+
+def backward(
+    y: BFloat16[Array, "B N H W"],
+    b: Float32[Array, "one_or_B H M 64"],
+    table: Float32[Array, "M*64 32"] | None,
+    o: BFloat16[Array, "B N H 64"],
+    states: BFloat16[Array, "B H M 64 32"],
+    d_h: BFloat16[Array, "B N H 64"],
+    *,
+    q_scale: float,
+    epsilon: float,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array]:
+    """(d_y, h, d_g): the gradient with respect to y, whose columns after the output gate's are not
+    written; the gated heads again; and the gradient with respect to each log-decay (B, H, M, 64),
+    float32, over all images together where b is.
+
+    Args:
+      o, states: from `forward`.
+      d_h: the gradient with respect to h.
+
+    The other arguments are `forward`'s.
+    """
+    batch, _, heads, _ = y.shape
+    chunks = b.shape[2]
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    crossings = jax.ShapeDtypeStruct((batch, heads, chunks, 2, mg.CHUNK), jnp.float32)
+    out_type = {"d_y": like(y), "h": like(d_h), "crossings": crossings}
+    multiply = functools.partial(mg.multiply, interpret=interpret)
+    turns = functools.partial(mh.Turns.load, interpret=interpret)
+    load = functools.partial(mh.load, interpret=interpret)
+    scale, t = math.log2(q_scale), mg.transposed
+
+    def kernel(inputs, outputs, scratch):
+        at, head = lax.axis_index("b"), lax.axis_index("h")
+        y, table = inputs["y"], inputs.get("table")
+        b_slots, ready = scratch["b"], scratch["ready"]
+        arrivals = Arrivals(scratch["arrivals"], interpret)
+        own = at if inputs["b"].shape[0] > 1 else 0
+        rows = lambda c: pl.ds(c * mg.CHUNK, mg.CHUNK)
+
+        def fetch(i):
+            slot, c = lax.rem(i, _STAGES), chunks - 1 - i
+            for name, column in (("q", mh.Q), ("k", mh.K), ("v", mh.V)):
+                tile = scratch[name].at[slot]
+                arrivals.fetch(y, at, c * mg.CHUNK, head, column, tile, slot)
+            source = inputs["states"].at[at, head, c]
+            plgpu.copy_gmem_to_smem(source, scratch["state"].at[slot], ready.at[slot])
+            source = inputs["b"].at[own, head, c]
+            plgpu.copy_gmem_to_smem(source, b_slots.at[slot], ready.at[slot])
+
+        def fetch_gated(i):
+            row = (chunks - 1 - i) * mg.CHUNK
+            arrivals.fetch(y, at, row, head, mh.OUT_GATE, scratch["out_gate"], _GATED)
+            for name in ("o", "d_h"):
+                arrivals.fetch(inputs[name], at, row, head, 0, scratch[name], _GATED)
+
+        def through_gate(do_tile):
+            """d_o to its tile, h and the gate's gradient to those that o and gate came in."""
+            o_tile, gate_tile, dh_tile = (scratch[x] for x in ("o", "out_gate", "d_h"))
+            o = load(o_tile)
+            factor = mh.root_mean_square(o, epsilon)
+            normal = o * factor
+            silu, slope = mh.silu_and_slope(load(gate_tile))
+            d_h = load(dh_tile)
+            o_tile[...] = mh.narrow(normal * silu)
+            gate_tile[...] = mh.narrow(d_h * normal * slope)
+            d_normal = d_h * silu
+            d_o = factor * (d_normal - normal * mh.mean(normal * d_normal))
+            do_tile[...] = mh.narrow(d_o)
+
+        def activate(tile, slope_tile, turn):
+            x, slope = mh.silu_and_slope(load(tile))
+            slope_tile[...] = mh.narrow(slope)
+            x = turn(x)
+            tile[...] = mh.narrow(x)
+            return x
+
+        def d_active(d_x, slope_tile, turn):
+            slope_tile[...] = mh.narrow(turn(d_x, back=True) * load(slope_tile))
+
+        def step(i, carry):
+            d_state, d_prefix = carry
+            c, slot = chunks - 1 - i, lax.rem(i, _STAGES)
+            # The compiler must not see that these places never change: it would keep all it can
+            # derive from them in registers.
+            q_tile, k_tile, v_tile, state_tile = (
+                scratch[x].at[slot] for x in ("q", "k", "v", "state")
+            )
+            do_tile, mask_tile, other_tile = (scratch["wide"].at[j] for j in range(3))
+            q_slope, k_slope, ds_tile, decayed_tile, prefix_tile = (
+                scratch["narrow"].at[j] for j in range(5)
+            )
+            arrivals.wait(_GATED, i)
+            through_gate(do_tile)
+            turn = turns(table, rows(c))
+            arrivals.wait(slot, lax.div(i, _STAGES))
+            plgpu.barrier_wait(ready.at[slot])
+            decays = mg.Decays.load(b_slots.at[slot])
+            keys = mg.without_prefix(decays.row, mg.ROW, c, 1)
+            # Queries are not scaled, but what they meet.
+            to_end, from_start = jnp.exp2(decays.whole - keys), jnp.exp2(decays.row + scale)
+            # The gradients of queries and keys of the step before left from the slopes' tiles.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            q = activate(q_tile, q_slope, turn)
+            decayed_tile[...] = mh.narrow(q * mg.by_row(from_start, mh.KEY_DIM))
+            activate(k_tile, k_slope, turn)
+            ds_tile[...] = mh.narrow(d_state)
+            plgpu.commit_smem()
+            leave = functools.partial(
+                store,
+                out=outputs["d_y"],
+                image=at,
+                row=c * mg.CHUNK,
+                head=head,
+                interpret=interpret,
+            )
+            plgpu.copy_smem_to_gmem(scratch["o"], outputs["h"].at[at, rows(c), head])
+            leave(scratch["out_gate"], column=mh.OUT_GATE)
+
+            # By (key, query), so that only d_scores is needed the other way.
+            weigh = lambda: jnp.exp2(mg.by_column(decays.column + scale) - mg.by_row(keys))
+            (scores, d_scores), weights = multiply(
+                [(k_tile, t(q_tile))], [(v_tile, t(do_tile))], work=weigh
+            )
+            d_scores = mg.masked(d_scores, weights, mask_tile)
+            other_tile[...] = d_scores
+
+            def meanwhile():
+                masked = mg.masked(scores, weights, mask_tile)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+                @pl.when(i + 1 < chunks)
+                def _():
+                    fetch_gated(i + 1)
+                    pl.when(i > 0)(lambda: fetch(i + 1))
+
+                return masked
+
+            (dv, dk, dq, d_state, d_prefix), scores = multiply(
+                [(k_tile, t(ds_tile))],
+                [(v_tile, ds_tile)],
+                [(do_tile, state_tile)],
+                [d_state * jnp.exp2(decays.whole), (t(do_tile), decayed_tile)],
+                [d_prefix, (t(do_tile), q_tile)],
+                work=meanwhile,
+            )
+            plgpu.commit_smem()
+
+            def last():
+                # Again: the registers that would keep it are short.
+                through = jnp.sum(load(state_tile) * d_state, axis=1)
+                return through, turns(table, rows(c))
+
+            (dv, dk, dq, dq_prefix), (through, turn) = multiply(
+                [dv * mg.by_row(to_end), (scores, do_tile)],
+                [dk * mg.by_row(to_end, mh.KEY_DIM), (d_scores, q_tile)],
+                [dq * mg.by_row(from_start, mh.KEY_DIM), (t(other_tile), k_tile)],
+                [(do_tile, prefix_tile)],
+                work=last,
+            )
+            change = load(k_tile) * dk - load(q_tile) * dq
+            outputs["crossings"][at, head, c, 0] = jnp.sum(change, axis=1)
+            outputs["crossings"][at, head, c, 1] = through
+            plgpu.commit_smem()
+            v_tile[...] = mh.narrow(dv)
+            d_active(dq + dq_prefix, q_slope, turn)
+            d_active(dk, k_slope, turn)
+            plgpu.commit_smem()
+            for tile, column in ((q_slope, mh.Q), (k_slope, mh.K), (v_tile, mh.V)):
+                leave(tile, column=column)
+            return d_state, d_prefix
+
+        arrivals.start(copies=3)
+        fetch_gated(jnp.int32(0))
+        for i in range(min(_STAGES, chunks)):
+            fetch(jnp.int32(i))
+        mg.fill_mask(scratch["wide"].at[1], 1)
+        product = mh.Prefix.load(y, table, at, head, interpret).product()
+        scratch["narrow"].at[4][...] = mh.narrow(product * q_scale)
+        plgpu.commit_smem()
+        carry = mg.zeros(mh.KEY_DIM), mg.zeros(mh.KEY_DIM)
+        _, d_prefix = lax.fori_loop(0, chunks, step, carry)
+        # The prefix token's key and value: over what the first chunk wrote there.
+        plgpu.wait_smem_to_gmem(0)
+        prefix = mh.Prefix.load(y, table, at, head, interpret)
+        d_key, d_value = prefix.gradients(d_prefix * q_scale, b_slots.at[0])
+        for x, column in ((d_key, mh.K), (d_value, mh.V)):
+            mh.put(outputs["d_y"].at[at, 0, head, pl.ds(column, x.shape[0])], mh.narrow(x))
+
+    inputs = {"y": y, "b": b, "o": o, "states": states, "d_h": d_h}
+    if table is not None:
+        inputs["table"] = table
+    narrow, broad = (functools.partial(tiles, width=x) for x in (mh.KEY_DIM, mh.VALUE_DIM))
+    scratch = {name: narrow(_STAGES) for name in ("q", "k", "state")}
+    scratch |= {"v": broad(_STAGES), "b": plgpu.SMEM((_STAGES, mg.CHUNK), jnp.float32)}
+    scratch |= {name: broad() for name in ("out_gate", "o", "d_h")}
+    scratch |= {"wide": broad(3), "narrow": narrow(5)}
+    scratch |= {
+        "ready": plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        "arrivals": Arrivals.scratch(3, _STAGES + 1, interpret),
+    }
+    grid = (batch, heads)
+    out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="mixed_heads_backward")
+    return out["d_y"], out["h"], cross(out["crossings"], shared=b.shape[0] == 1)
