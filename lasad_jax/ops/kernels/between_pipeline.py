@@ -74,25 +74,27 @@ class Pipeline:
     def load_weights(self, products: tuple[Product, ...], matrices: list[jax.Ref]) -> None:
         w, full, empty = (self.scratch[name] for name in ("w", "w_full", "w_empty"))
         shared = {} if self.interpret else {"collective_axes": "rank"}
-        slots, position = w.shape[0], jnp.int32(0)
+        slots, position, slot = w.shape[0], jnp.int32(0), jnp.int32(0)
         for product, matrix in zip(products, matrices, strict=True):
 
-            def step(i, position, product=product, matrix=matrix):
+            def step(i, carry, product=product, matrix=matrix):
+                position, slot = carry
                 k = lax.rem(i, product.steps)
                 _, column = self.place(product, i // product.steps)
                 for unit in range(product.units):
-                    slot = lax.rem(position + unit, slots)
 
-                    @pl.when(position + unit >= slots)
+                    @pl.when(position >= slots)
                     def _(slot=slot):
                         plgpu.barrier_wait(empty.at[slot])
 
                     first = (column * product.units + unit) * UNIT
                     piece = matrix.at[pl.ds(k * DEPTH, DEPTH), pl.ds(first, UNIT)]
                     plgpu.copy_gmem_to_smem(piece, w.at[slot], full.at[slot], **shared)
-                return position + product.units
+                    position, slot = position + 1, _next(slot, slots)
+                return position, slot
 
-            position = lax.fori_loop(0, self.tiles(product) * product.steps, step, position)
+            num = self.tiles(product) * product.steps
+            position, slot = lax.fori_loop(0, num, step, (position, slot))
         _drain(empty, position, slots)
 
     def load_rows(self, product: Product, source: jax.Ref) -> None:
@@ -117,27 +119,27 @@ class Pipeline:
         num = self.tiles(product) * product.steps
         _drain(self.scratch["x_empty"], num, product.slots)
 
-    def multiply(self, product, result, position, finish, begin=None, after=None):
+    def multiply(self, product, result, slot, finish, begin=None, after=None):
         """All tiles of a product, and their columns of the result.
 
         Args:
           product, result: which, and where it goes.
-          position: pieces of matrices that products before it have taken.
+          slot: of its first piece of the matrix.
           finish: (*sums), each (UNIT, rows) with a row for each column, to what is rounded.
           begin, after: of a tile, called with its first row and its column in units; `after`
             with what was rounded before these.
 
         Returns:
-          the position after it. The result has been written.
+          the slot after it. The result has been written.
         """
 
-        def tile(t, position):
+        def tile(t, slots):
             row, column = self.place(product, t)
             # What the tile before has left in shared memory has been read.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if begin is not None:
                 begin(row, column)
-            sums, position = self._sums(product, t, position)
+            sums, slots = self._sums(product, slots)
             value = finish(*sums).astype(jnp.bfloat16)
             target = self.out(product)
             transposed(target)[...] = plgpu.layout_cast(value, TRANSPOSED)
@@ -146,11 +148,11 @@ class Pipeline:
             plgpu.copy_smem_to_gmem(target, place)
             if after is not None:
                 after(value, row, column)
-            return position
+            return slots
 
-        position = lax.fori_loop(0, self.tiles(product), tile, position)
+        _, slot = lax.fori_loop(0, self.tiles(product), tile, (jnp.int32(0), slot))
         plgpu.wait_smem_to_gmem(0)
-        return position
+        return slot
 
     def out(self, product: Product) -> jax.Ref:
         """A tile on its way out."""
@@ -159,40 +161,50 @@ class Pipeline:
     def _rows(self, product, slot):
         return self.scratch["x"].at[pl.ds(slot * product.rows, product.rows)]
 
-    def _sums(self, product, t, position):
-        w, steps, units = self.scratch["w"], product.steps, product.units
-        w_slot = lambda position, unit: lax.rem(position + unit, w.shape[0])
+    def _sums(self, product, slots):
+        """Of the next tile, whose first pieces of rows and of the matrix lie in `slots`."""
+        x_full, x_empty, w, w_full, w_empty = (
+            self.scratch[name] for name in ("x_full", "x_empty", "w", "w_full", "w_empty")
+        )
 
-        def release(i, position):
-            plgpu.barrier_arrive(self.scratch["x_empty"].at[lax.rem(i, product.slots)])
-            for unit in range(units):
-                plgpu.barrier_arrive(self.scratch["w_empty"].at[w_slot(position, unit)])
+        def release(x_slot, w_slots):
+            plgpu.barrier_arrive(x_empty.at[x_slot])
+            for slot in w_slots:
+                plgpu.barrier_arrive(w_empty.at[slot])
 
         def run(*sums):
-            def step(k, position):
-                i = t * steps + k
-                slot = lax.rem(i, product.slots)
-                plgpu.barrier_wait(self.scratch["x_full"].at[slot])
-                rows = transposed(self._rows(product, slot))
-                for unit, total in enumerate(sums):
-                    plgpu.barrier_wait(self.scratch["w_full"].at[w_slot(position, unit)])
-                    plgpu.wgmma(total, transposed(w.at[w_slot(position, unit)]), rows)
-                plgpu.wgmma_wait(units)
+            def step(k, carry):
+                (x_slot, slot), before = carry
+                plgpu.barrier_wait(x_full.at[x_slot])
+                rows = transposed(self._rows(product, x_slot))
+                w_slots = []
+                for total in sums:
+                    plgpu.barrier_wait(w_full.at[slot])
+                    plgpu.wgmma(total, transposed(w.at[slot]), rows)
+                    w_slots.append(slot)
+                    slot = _next(slot, w.shape[0])
+                plgpu.wgmma_wait(product.units)
 
                 @pl.when(k > 0)
                 def _():
                     # The products before these have now read their pieces.
-                    release(i - 1, position - units)
+                    release(*before)
 
-                return position + units
+                return (_next(x_slot, product.slots), slot), (x_slot, w_slots)
 
-            end = lax.fori_loop(0, steps, step, position)
-            return [total[...] for total in sums], end
+            none = jnp.int32(0), [jnp.int32(0)] * product.units
+            slots_and_last = lax.fori_loop(0, product.steps, step, (slots, none))
+            return [total[...] for total in sums], slots_and_last
 
-        accumulators = [plgpu.ACC((UNIT, product.rows), jnp.float32)] * units
-        sums, position = pl.run_scoped(run, *accumulators)
-        release(t * steps + steps - 1, position - units)
-        return sums, position
+        accumulators = [plgpu.ACC((UNIT, product.rows), jnp.float32)] * product.units
+        sums, (slots, last) = pl.run_scoped(run, *accumulators)
+        release(*last)
+        return sums, slots
+
+
+def _next(slot, slots):
+    """Without a division, which would take as long as the products of a step."""
+    return jnp.where(slot == slots - 1, 0, slot + 1)
 
 
 def _drain(empty, position, slots):

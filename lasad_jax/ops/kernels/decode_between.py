@@ -42,7 +42,7 @@ _MOST_ROWS = 8  # that a warpgroup convolves at once
 
 
 @functools.partial(
-    jax.jit, static_argnames=("offsets", "columns", "epsilon", "programs", "interpret")
+    jax.jit, static_argnames=("offsets", "columns", "epsilon", "programs", "early", "interpret")
 )
 def between(
     mixed: BFloat16[Array, "B V"],
@@ -60,6 +60,7 @@ def between(
     columns: int,
     epsilon: float,
     programs: int | None = None,
+    early: bool = False,
     interpret: bool = False,
 ) -> tuple[
     BFloat16[Array, "B D"],
@@ -83,6 +84,7 @@ def between(
       columns: of the grid.
       epsilon: of both norms.
       programs: at most as many as there are multiprocessors; None for that many.
+      early: load matrices while the launch before this one ends (programmatic dependent launch).
 
     Returns:
       x, the projection if there is one, recent and counters. x is rounded once per sum.
@@ -94,6 +96,7 @@ def between(
         columns=columns,
         epsilon=epsilon,
         programs=programs or num_programs(),
+        early=early,
         interpret=interpret,
     )
     # A loop's own counter is of a weak type, which kernels cannot divide.
@@ -104,7 +107,7 @@ def between(
     return x, projected, jax.freeze(recent), jax.freeze(counters)
 
 
-def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
+def _kernel(shapes, *, offsets, columns, epsilon, programs, early, interpret):
     (M, V), (_, window, D), _, (_, both), last = shapes
     programs -= programs % CLUSTER
     sizes = [(V, D, False), (D, both // 2, True), (both // 2, D, False)]
@@ -118,7 +121,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
     def body(*refs):
         mixed, x, index_ref, taps, *refs = refs
         matrices, refs = refs[: len(products)], refs[len(products) :]
-        recent, counters, added, middle, middle_squares, y, hidden, squares, *refs = refs
+        recent, counters, added, middle, y, hidden, squares, *refs = refs
         projected, refs = (refs[0], refs[1:]) if last is not None else (None, refs)
         scratch = dict(zip(scratch_of, refs, strict=True))
         if interpret:
@@ -146,11 +149,13 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
             """Those who have nothing to do need not wait."""
             pl.when(pipeline.tiles(product) > 0)(functools.partial(wait, phase))
 
+        after_launch_before = plgpu.griddepcontrol_wait if early else lambda: None
+
         def swiglu(gate, up):
             return gate / (1 + jnp.exp(-gate)) * up
 
-        def add(product, result, position, residual, squares):
-            """residual + x w, and each row's squares over the columns of a tile."""
+        def add(product, result, slot, residual, squares=None):
+            """residual + x w; into `squares` each row's over the columns of a tile."""
             target = pipeline.out(product)
 
             def begin(row, column):
@@ -169,9 +174,11 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(sums, squares.at[column, pl.ds(row, product.rows)])
 
-            return pipeline.multiply(product, result, position, finish, begin, after)
+            return pipeline.multiply(
+                product, result, slot, finish, begin, after if squares is not None else None
+            )
 
-        def project(product, result, position):
+        def project(product, result, slot):
             """Of rows divided by their root mean square."""
             parts = scratch["parts"]
 
@@ -185,7 +192,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
                 scale = lax.rsqrt(total / D + epsilon)
                 return value * lax.broadcast_in_dim(scale, value.shape, [1])
 
-            pipeline.multiply(product, result, position, finish, begin)
+            pipeline.multiply(product, result, slot, finish, begin)
 
         def convolve():
             """A few rows of a program, then as many below all programs' rows."""
@@ -210,10 +217,11 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
                         sums = [b if a is None else a + b for a, b in zip(sums, terms, strict=True)]
                     if not first:
                         wait(MIXED)
-                    for row, total in zip(rows, sums, strict=True):
-                        square = sum(middle_squares[j, row] for j in range(D // UNIT))
-                        value = _load(middle.at[row]) * lax.rsqrt(square / D + epsilon)
-                        value = value.astype(bf16)
+                    # All loads before the first store, which would hold them up.
+                    values = [_load(middle.at[row]) for row in rows]
+                    squares = [jnp.sum(jnp.square(value)) for value in values]
+                    for row, value, square, total in zip(rows, values, squares, sums, strict=True):
+                        value = (value * lax.rsqrt(square / D + epsilon)).astype(bf16)
                         # The oldest neighbour lies where the newest will, in the same threads.
                         recent.at[row, lax.rem(index, window)][...] = value
                         y.at[row][...] = (value.astype(f32) * own + total).astype(bf16)
@@ -224,6 +232,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
 
         @pl.when(warpgroup == _LOAD_ROWS)
         def _():
+            after_launch_before()
             pipeline.load_rows(products[0], mixed)
             convolve()
             signal(CONVOLVED)
@@ -238,18 +247,19 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
 
         @pl.when(warpgroup == _MULTIPLY)
         def _():
+            after_launch_before()
             mix, gate_up, down, *following = products
-            position = add(mix, middle, jnp.int32(0), x, middle_squares)
+            slot = add(mix, middle, jnp.int32(0), x)
             signal(MIXED)
-            position = pipeline.multiply(gate_up, hidden, position, swiglu)
+            slot = pipeline.multiply(gate_up, hidden, slot, swiglu)
             signal(HIDDEN)
             # Also for itself: another warpgroup's waiting is none of this one's.
             wait_for(down, CONVOLVED)
-            position = add(down, added, position, middle, squares)
+            slot = add(down, added, slot, middle, squares)
             signal(ADDED)
             for product in following:
                 wait_for(product, ADDED)
-                project(product, projected, position)
+                project(product, projected, slot)
             if not interpret:
                 grid_barrier.leave(counters, programs)
 
@@ -257,7 +267,6 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
     out_types = [
         like((M, D), bf16),  # x
         like((M, D), bf16),  # x after the mixer
-        like((D // UNIT, padded), f32),  # its squares
         like((M, D), bf16),  # y
         like((M, both // 2), bf16),  # hidden
         like((D // UNIT, padded), f32),  # squares of x

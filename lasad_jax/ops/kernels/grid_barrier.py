@@ -35,7 +35,7 @@ def wait(counter: jax.Ref, count: int) -> None:
     def spin(_, counter):
         pointer = mgpu.memref_ptr(counter)
         mgpu.SemaphoreRef(pointer).wait(count, decrement=False, memory_scope="gpu")
-        mgpu.inline_ptx("fence.proxy.async;", has_side_effects=True)
+        _order_bulk_copies()
 
     spin(counter)
 
@@ -68,5 +68,10 @@ def leave(counters: jax.Ref, count: int) -> None:
 
 def _release():
     """What all threads of the warpgroup wrote, for bulk copies too, comes before what follows."""
-    mgpu.inline_ptx("fence.proxy.async;", has_side_effects=True)
+    _order_bulk_copies()
     mgpu.warpgroup_barrier()
+
+
+def _order_bulk_copies():
+    """Those after it see what was written before it. Not of shared memory too: that would wait."""
+    mgpu.inline_ptx("fence.proxy.async.global;", has_side_effects=True)
