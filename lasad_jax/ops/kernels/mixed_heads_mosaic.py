@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
+from lasad_jax.ops.kernels import mixed_heads_decays as md
 from lasad_jax.ops.kernels import mixed_heads_tiles as mh
 from lasad_jax.ops.kernels import mosaic_tiles as mg
 from lasad_jax.ops.kernels.mixed_heads_mosaic_backward import backward
@@ -28,7 +29,8 @@ _STAGES = 2
 
 def forward(
     y: BFloat16[Array, "B N H W"],
-    b: Float32[Array, "one_or_B H M 64"],
+    steps: Float32[Array, "H M 64"],
+    bias: Float32[Array, " H"] | None,
     table: Float32[Array, "M*64 32"] | None,
     *,
     q_scale: float,
@@ -40,8 +42,12 @@ def forward(
     before norm and gate, and the transposed state before each chunk (B, H, M, 64, 32), in bf16.
 
     Args:
-      y: joint projection; a head's first columns are [q 32 | k 32 | v 64 | out_gate 64].
-      b: running sums of the log-decays within each chunk of 64 tokens.
+      y: joint projection. A head's columns are [q 32 | k 32 | v 64 | out_gate 64] and, with a
+        bias, [content gate 1 | padding 7].
+      steps: log-decays in chunks of 64 tokens, M a multiple of 4 that holds N of them; what is
+        past N must be 0.
+      bias: of the content gate, which adds -softplus(its column + bias) to all steps but the
+        prefix token's.
       table: cosine and sine of each pair of a token; None does not rotate.
       q_scale: factor of the queries.
       epsilon: of the norm.
@@ -49,7 +55,7 @@ def forward(
       interpret: run on any platform, slowly.
     """
     batch, num_tokens, heads, _ = y.shape
-    chunks = b.shape[2]
+    chunks = pl.cdiv(num_tokens, mg.CHUNK)
     tokens = jax.ShapeDtypeStruct((batch, num_tokens, heads, mh.VALUE_DIM), y.dtype)
     out_type = {"h": tokens}
     if keep_states:
@@ -64,25 +70,28 @@ def forward(
         at, head = lax.axis_index("b"), lax.axis_index("h")
         y, table = inputs["y"], inputs.get("table")
         mask_tile, prefix_tile, decayed_tile = (scratch[x] for x in ("mask", "prefix", "decayed"))
-        b_slots, b_ready = scratch["b"], scratch["b_ready"]
+        b = scratch["b"]
         arrivals = Arrivals(scratch["arrivals"], interpret)
         slots = [scratch[name] for name in ("q", "k", "v", "out_gate")]
-        own = at if inputs["b"].shape[0] > 1 else 0
+
+        def load_decays(c):
+            b[...] = md.log_decays(inputs, at, head, c, interpret)
+            plgpu.commit_smem()
 
         def fetch(c):
             slot = lax.rem(c, _STAGES)
             for column, tile in zip((mh.Q, mh.K, mh.V, mh.OUT_GATE), slots, strict=True):
                 arrivals.fetch(y, at, c * mg.CHUNK, head, column, tile.at[slot], slot)
-            source = inputs["b"].at[own, head, c]
-            plgpu.copy_gmem_to_smem(source, b_slots.at[slot], b_ready.at[slot])
 
         def step(c, state):
-            slot = lax.rem(c, _STAGES)
+            rows = pl.ds(c * mg.CHUNK, mg.CHUNK)
+            slot, place = lax.rem(c, _STAGES), lax.rem(c, md.CHUNKS)
+            if chunks > md.CHUNKS:
+                pl.when((c > 0) & (place == 0))(lambda: load_decays(c))
             q_tile, k_tile, v_tile, gate_tile = (x.at[slot] for x in slots)
-            turn = turns(table, pl.ds(c * mg.CHUNK, mg.CHUNK))
+            turn = turns(table, rows)
             arrivals.wait(slot, lax.div(c, _STAGES))
-            plgpu.barrier_wait(b_ready.at[slot])
-            decays = mg.Decays.load(b_slots.at[slot])
+            decays = mg.Decays.load(b.at[place], base=2)
             keys = mg.without_prefix(decays.row, mg.ROW, c, 1)
             queries = decays.row + scale  # not themselves scaled, but what they meet
 
@@ -126,7 +135,6 @@ def forward(
             plgpu.commit_smem()
             leaving = {"h": gate_tile} | ({"o": v_tile} if keep_states else {})
             for name, tile in leaving.items():
-                rows = pl.ds(c * mg.CHUNK, mg.CHUNK)
                 plgpu.copy_smem_to_gmem(tile, outputs[name].at[at, rows, head])
             return state
 
@@ -134,21 +142,22 @@ def forward(
         for c in range(min(_STAGES, chunks)):
             fetch(jnp.int32(c))
         mg.fill_mask(mask_tile, 0)
+        load_decays(0)
         product = mh.Prefix.load(y, table, at, head, interpret).product()
         prefix_tile[...] = mh.narrow(product * q_scale)
         plgpu.commit_smem()
         lax.fori_loop(0, chunks, step, mg.zeros(mh.KEY_DIM))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    inputs = {"y": y, "b": b} | ({} if table is None else {"table": table})
+    inputs = {"y": y, "steps": steps, "bias": bias, "table": table}
+    inputs = {name: x for name, x in inputs.items() if x is not None}
     narrow, broad = (functools.partial(tiles, width=x) for x in (mh.KEY_DIM, mh.VALUE_DIM))
     scratch = {
         "q": narrow(_STAGES),
         "k": narrow(_STAGES),
         "v": broad(_STAGES),
         "out_gate": broad(_STAGES),
-        "b": plgpu.SMEM((_STAGES, mg.CHUNK), jnp.float32),
-        "b_ready": plgpu.Barrier(num_arrivals=1, num_barriers=_STAGES),
+        "b": md.scratch(),
         "arrivals": Arrivals.scratch(4, _STAGES, interpret),
         "mask": broad(),
         "prefix": narrow(),

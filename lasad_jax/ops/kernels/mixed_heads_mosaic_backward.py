@@ -14,10 +14,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32
 
+from lasad_jax.ops.kernels import mixed_heads_decays as md
 from lasad_jax.ops.kernels import mixed_heads_tiles as mh
 from lasad_jax.ops.kernels import mosaic_tiles as mg
 from lasad_jax.ops.kernels.mosaic_columns import Arrivals, store, tiles
-from lasad_jax.ops.kernels.recurrence_mosaic_backward import cross
 
 _STAGES = 2
 # The stage of `Arrivals` that what gate and norm take arrives at.
@@ -26,7 +26,8 @@ _GATED = _STAGES
 
 def backward(
     y: BFloat16[Array, "B N H W"],
-    b: Float32[Array, "one_or_B H M 64"],
+    steps: Float32[Array, "H M 64"],
+    bias: Float32[Array, " H"] | None,
     table: Float32[Array, "M*64 32"] | None,
     o: BFloat16[Array, "B N H 64"],
     states: BFloat16[Array, "B H M 64 32"],
@@ -36,9 +37,9 @@ def backward(
     epsilon: float,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """(d_y, h, d_g): the gradient with respect to y, whose columns after the output gate's are not
-    written; the gated heads again; and the gradient with respect to each log-decay (B, H, M, 64),
-    float32, over all images together where b is.
+    """(d_y, h, d_steps): the gradient with respect to y, 0 in the padding; the gated heads again;
+    and what each image adds to the gradient of steps and, with a bias, as if there were one for
+    each token, of bias: (B, H, 1 or 2, M, 64) in float32.
 
     Args:
       o, states: from `forward`.
@@ -46,11 +47,12 @@ def backward(
 
     The other arguments are `forward`'s.
     """
-    batch, _, heads, _ = y.shape
-    chunks = b.shape[2]
+    batch, num_tokens, heads, _ = y.shape
+    chunks = pl.cdiv(num_tokens, mg.CHUNK)
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    crossings = jax.ShapeDtypeStruct((batch, heads, chunks, 2, mg.CHUNK), jnp.float32)
-    out_type = {"d_y": like(y), "h": like(d_h), "crossings": crossings}
+    shape = (batch, heads, 1 if bias is None else 2, *steps.shape[1:])
+    d_steps = jax.ShapeDtypeStruct(shape, jnp.float32)
+    out_type = {"d_y": like(y), "h": like(d_h), "d_steps": d_steps}
     multiply = functools.partial(mg.multiply, interpret=interpret)
     turns = functools.partial(mh.Turns.load, interpret=interpret)
     load = functools.partial(mh.load, interpret=interpret)
@@ -59,10 +61,23 @@ def backward(
     def kernel(inputs, outputs, scratch):
         at, head = lax.axis_index("b"), lax.axis_index("h")
         y, table = inputs["y"], inputs.get("table")
-        b_slots, ready = scratch["b"], scratch["ready"]
+        b, through_sums, ready = (scratch[x] for x in ("b", "through", "ready"))
         arrivals = Arrivals(scratch["arrivals"], interpret)
-        own = at if inputs["b"].shape[0] > 1 else 0
         rows = lambda c: pl.ds(c * mg.CHUNK, mg.CHUNK)
+
+        def load_decays(c):
+            b[...] = md.log_decays(inputs, at, head, c, interpret)
+            plgpu.commit_smem()
+
+        def put_decays(c):
+            """The gradients of a group whose chunks are done: `b` holds what they changed."""
+            sums = md.load(b), md.load(through_sums)
+            d_g, d_gate = md.gradients(*sums, inputs, at, head, c, interpret)
+            place = outputs["d_steps"].at[at, head]
+            place[0, pl.ds(c, md.CHUNKS)] = d_g
+            if d_gate is not None:
+                place[1, pl.ds(c, md.CHUNKS)] = d_gate
+                md.put_gates(outputs["d_y"], d_gate, at, c, head, interpret)
 
         def fetch(i):
             slot, c = lax.rem(i, _STAGES), chunks - 1 - i
@@ -71,8 +86,6 @@ def backward(
                 arrivals.fetch(y, at, c * mg.CHUNK, head, column, tile, slot)
             source = inputs["states"].at[at, head, c]
             plgpu.copy_gmem_to_smem(source, scratch["state"].at[slot], ready.at[slot])
-            source = inputs["b"].at[own, head, c]
-            plgpu.copy_gmem_to_smem(source, b_slots.at[slot], ready.at[slot])
 
         def fetch_gated(i):
             row = (chunks - 1 - i) * mg.CHUNK
@@ -107,6 +120,10 @@ def backward(
         def step(i, carry):
             d_state, d_prefix = carry
             c, slot = chunks - 1 - i, lax.rem(i, _STAGES)
+            place = lax.rem(c, md.CHUNKS)
+            if chunks > md.CHUNKS:
+                new = (i > 0) & (place == md.CHUNKS - 1)
+                pl.when(new)(lambda: load_decays(c - (md.CHUNKS - 1)))
             # The compiler must not see that these places never change: it would keep all it can
             # derive from them in registers.
             q_tile, k_tile, v_tile, state_tile = (
@@ -121,7 +138,7 @@ def backward(
             turn = turns(table, rows(c))
             arrivals.wait(slot, lax.div(i, _STAGES))
             plgpu.barrier_wait(ready.at[slot])
-            decays = mg.Decays.load(b_slots.at[slot])
+            decays = mg.Decays.load(b.at[place], base=2)
             keys = mg.without_prefix(decays.row, mg.ROW, c, 1)
             # Queries are not scaled, but what they meet.
             to_end, from_start = jnp.exp2(decays.whole - keys), jnp.exp2(decays.row + scale)
@@ -185,8 +202,8 @@ def backward(
                 work=last,
             )
             change = load(k_tile) * dk - load(q_tile) * dq
-            outputs["crossings"][at, head, c, 0] = jnp.sum(change, axis=1)
-            outputs["crossings"][at, head, c, 1] = through
+            b.at[place][...] = jnp.sum(change, axis=1)
+            through_sums.at[place][...] = through
             plgpu.commit_smem()
             v_tile[...] = mh.narrow(dv)
             d_active(dq + dq_prefix, q_slope, turn)
@@ -194,6 +211,8 @@ def backward(
             plgpu.commit_smem()
             for tile, column in ((q_slope, mh.Q), (k_slope, mh.K), (v_tile, mh.V)):
                 leave(tile, column=column)
+            if chunks > md.CHUNKS:
+                pl.when((c > 0) & (place == 0))(lambda: put_decays(c))
             return d_state, d_prefix
 
         arrivals.start(copies=3)
@@ -201,30 +220,32 @@ def backward(
         for i in range(min(_STAGES, chunks)):
             fetch(jnp.int32(i))
         mg.fill_mask(scratch["wide"].at[1], 1)
+        load_decays((chunks - 1) // md.CHUNKS * md.CHUNKS)
         product = mh.Prefix.load(y, table, at, head, interpret).product()
         scratch["narrow"].at[4][...] = mh.narrow(product * q_scale)
         plgpu.commit_smem()
         carry = mg.zeros(mh.KEY_DIM), mg.zeros(mh.KEY_DIM)
         _, d_prefix = lax.fori_loop(0, chunks, step, carry)
+        put_decays(0)
         # The prefix token's key and value: over what the first chunk wrote there.
         plgpu.wait_smem_to_gmem(0)
         prefix = mh.Prefix.load(y, table, at, head, interpret)
-        d_key, d_value = prefix.gradients(d_prefix * q_scale, b_slots.at[0])
+        d_key, d_value = prefix.gradients(d_prefix * q_scale, b.at[0])
         for x, column in ((d_key, mh.K), (d_value, mh.V)):
             mh.put(outputs["d_y"].at[at, 0, head, pl.ds(column, x.shape[0])], mh.narrow(x))
 
-    inputs = {"y": y, "b": b, "o": o, "states": states, "d_h": d_h}
-    if table is not None:
-        inputs["table"] = table
+    inputs = {"y": y, "o": o, "states": states, "d_h": d_h}
+    inputs |= {"steps": steps, "bias": bias, "table": table}
+    inputs = {name: x for name, x in inputs.items() if x is not None}
     narrow, broad = (functools.partial(tiles, width=x) for x in (mh.KEY_DIM, mh.VALUE_DIM))
     scratch = {name: narrow(_STAGES) for name in ("q", "k", "state")}
-    scratch |= {"v": broad(_STAGES), "b": plgpu.SMEM((_STAGES, mg.CHUNK), jnp.float32)}
+    scratch |= {"v": broad(_STAGES), "b": md.scratch(), "through": md.scratch()}
     scratch |= {name: broad() for name in ("out_gate", "o", "d_h")}
     scratch |= {"wide": broad(3), "narrow": narrow(5)}
     scratch |= {
-        "ready": plgpu.Barrier(num_arrivals=2, num_barriers=_STAGES),
+        "ready": plgpu.Barrier(num_arrivals=1, num_barriers=_STAGES),
         "arrivals": Arrivals.scratch(3, _STAGES + 1, interpret),
     }
     grid = (batch, heads)
     out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="mixed_heads_backward")
-    return out["d_y"], out["h"], cross(out["crossings"], shared=b.shape[0] == 1)
+    return out["d_y"], out["h"], out["d_steps"]

@@ -117,9 +117,9 @@ class Decays:
     whole: jax.Array
 
     @classmethod
-    def load(cls, b):
-        """From running sums of natural logarithms in shared memory."""
-        log2 = lambda x: x * math.log2(math.e)
+    def load(cls, b, *, base=math.e):
+        """From running sums of logarithms in shared memory."""
+        log2 = lambda x: x if base == 2 else x * math.log2(base)
         # Not "optimized": that would ask for a second copy of b, laid out for columns.
         column = plgpu.load(b, layout=COLUMN, optimized=False)
         return cls(log2(plgpu.load(b, layout=ROW)), log2(column), log2(b[CHUNK - 1]))
@@ -258,7 +258,11 @@ def launch(kernel, inputs, out_type, scratch, grid, interpret, *, name):
         scratch_types=list(scratch.values()),
         grid=grid,
         grid_names=tuple("bhz"[: len(grid)]),
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=4 * 4 * DIM,
+        ),
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )(*inputs.values())
     return dict(zip(out_type, out, strict=True))

@@ -19,12 +19,10 @@ from jaxtyping import Array, BFloat16, Float32
 
 from lasad_jax.ops.decays import Decay, Grid
 from lasad_jax.ops.keep import keep
-from lasad_jax.ops.numerics import running_sum
 from lasad_jax.ops.product import product
 
-_CHUNK = 64
-# In bf16 what is left after a factor of exp(-32) counts for nothing; a bound keeps sums exact.
-_RESET = -32.0
+# Tokens of a chunk, and of the chunks whose decays the kernels take at once.
+_CHUNK, _GROUP = 64, 256
 Axes = str | tuple[str, ...] | None
 
 
@@ -65,6 +63,7 @@ def mixed_heads_product(
         table = table.reshape(num_tokens, -1)
         table = jnp.pad(table, [(0, -num_tokens % _CHUNK), (0, 0)])
     ways = _on_mesh(kernels(q_scale=float(q_scale), epsilon=epsilon), batch_axes, head_axes)
+    steps = keep(_in_chunks(steps, y.shape[2]))
     return keep(fused(y, kernel, steps, bias, table, *ways))
 
 
@@ -85,57 +84,34 @@ def kernels(**options) -> tuple[Callable, Callable]:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def fused(y, kernel, steps, bias, table, forward: Callable, backward: Callable):
     """h @ kernel with h from `forward`; the contracts are in `mixed_heads_mosaic`."""
-    (h,) = forward(y, _running_sums(y, steps, bias), table, keep_states=False)
+    (h,) = forward(y, steps, bias, table, keep_states=False)
     return product(h, kernel, 2)
 
 
 def _fused_forward(y, kernel, steps, bias, table, forward, backward):
-    b = keep(_running_sums(y, steps, bias))
-    h, *rest = forward(y, b, table, keep_states=True)
-    return product(h, kernel, 2), (y, kernel, steps, bias, table, b, keep(rest))
+    h, *rest = forward(y, steps, bias, table, keep_states=True)
+    return product(h, kernel, 2), (y, kernel, steps, bias, table, keep(rest))
 
 
 def _fused_backward(forward, backward, residuals, d_out):
-    y, kernel, steps, bias, table, b, rest = residuals
+    y, kernel, steps, bias, table, rest = residuals
     matrix, d_out = kernel.reshape(-1, kernel.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
     d_h = jax.lax.dot_general(d_out, matrix, (((1,), (1,)), ((), ())))
-    d_y, h, d_g = backward(y, b, table, *rest, d_h.reshape(*y.shape[:3], -1))
+    d_y, h, d_steps = backward(y, steps, bias, table, *rest, d_h.reshape(*y.shape[:3], -1))
     d_kernel = jax.lax.dot_general(
         h.reshape(-1, matrix.shape[0]), d_out, (((0,), (0,)), ((), ()))
     ).reshape(kernel.shape)
-    raw, start = _content_gate(y, bias)
-    _, pullback = jax.vjp(_log_decays, raw, steps, bias)
-    d_raw, d_steps, d_bias = pullback(d_g)
-    if raw is not None:
-        rest = jnp.pad(d_raw[..., None], [(0, 0)] * 3 + [(0, y.shape[3] - start - 1)])
-        d_y = jax.lax.dynamic_update_slice_in_dim(d_y, rest.astype(d_y.dtype), start, axis=3)
-    return d_y, d_kernel, d_steps, d_bias, None
+    d_steps, *d_bias = jnp.moveaxis(jnp.sum(d_steps, axis=0), 1, 0)
+    return d_y, d_kernel, d_steps, jnp.sum(d_bias[0], axis=(1, 2)) if d_bias else None, None
 
 
 fused.defvjp(_fused_forward, _fused_backward)
 
 
-def _running_sums(y, steps, bias) -> Float32[Array, "one_or_B H M 64"]:
-    """Of log-decays, within each chunk."""
-    raw, _ = _content_gate(y, bias)
-    return running_sum(jnp.maximum(_log_decays(raw, steps, bias), _RESET))
-
-
-def _content_gate(y, bias):
-    """Its column and where that stands."""
-    start = y.shape[3] - 8
-    return (None, start) if bias is None else (y[..., start].astype(jnp.float32), start)
-
-
-def _log_decays(raw, steps, bias) -> Float32[Array, "one_or_B H M 64"]:
-    """Of each token, in chunks."""
-    if raw is None:
-        g = jnp.broadcast_to(steps, steps.shape)[None]
-    else:
-        on_grid = jnp.arange(steps.shape[0])[:, None] > 0
-        g = steps - jnp.where(on_grid, jax.nn.softplus(raw + bias), 0.0)
-    g = jnp.pad(g, [(0, 0), (0, -g.shape[1] % _CHUNK), (0, 0)])
-    return jnp.moveaxis(g, 2, 1).reshape(g.shape[0], g.shape[2], -1, _CHUNK)
+def _in_chunks(steps, heads: int) -> Float32[Array, "H M 64"]:
+    """Of each head, with zeros after the last token to fill groups of chunks."""
+    steps = jnp.broadcast_to(steps.T, (heads, steps.shape[0]))
+    return jnp.pad(steps, [(0, 0), (0, -steps.shape[1] % _GROUP)]).reshape(heads, -1, _CHUNK)
 
 
 def _on_mesh(ways, batch_axes: Axes, head_axes: Axes):
@@ -144,25 +120,17 @@ def _on_mesh(ways, batch_axes: Axes, head_axes: Axes):
         return ways
     forward, backward = ways
     tokens, all_ = PartitionSpec(batch_axes, None, head_axes), PartitionSpec()
-    states, shared = PartitionSpec(batch_axes, head_axes), PartitionSpec(None, head_axes)
+    states, of_head = PartitionSpec(batch_axes, head_axes), PartitionSpec(head_axes)
+    ins = (tokens, of_head, of_head, all_)
     split = functools.partial(jax.shard_map, check_vma=False)
-    of = lambda b: shared if b.shape[0] == 1 else states
 
-    def split_forward(y, b, *args, keep_states):
+    def split_forward(*args, keep_states):
         out = (tokens, tokens, states) if keep_states else (tokens,)
         run = functools.partial(forward, keep_states=keep_states)
-        return split(run, in_specs=(tokens, of(b), all_), out_specs=out)(y, b, *args)
+        return split(run, in_specs=ins, out_specs=out)(*args)
 
-    def split_backward(y, b, *args):
-        ins = (tokens, of(b), all_, tokens, states, tokens)
-
-        def run(*args):
-            d_y, h, d_g = backward(*args)
-            return d_y, h, d_g if b.shape[0] > 1 else jax.lax.psum(d_g, batch_axes or ())
-
-        return split(run, in_specs=ins, out_specs=(tokens, tokens, of(b)))(y, b, *args)
-
-    return split_forward, split_backward
+    out = (tokens, tokens, states)
+    return split_forward, split(backward, in_specs=(*ins, tokens, states, tokens), out_specs=out)
 
 
 def _check(y, kernel, steps, gated: bool):
