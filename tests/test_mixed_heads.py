@@ -156,15 +156,18 @@ def test_each_device_takes_its_own_images_and_heads(monkeypatch):
         args, d_out = inputs(case, batch=batch)
         seen = []
 
-        def forward(y, b, table, *, keep_states, seen=seen):
-            seen.append((y.shape[::2], b.shape[1]))
-            o = y[..., 64:128] * jnp.exp(b[:, :, 0, 5, None, None]).swapaxes(1, 2).astype(y.dtype)
-            return (o, o, b) if keep_states else (o,)
+        def forward(y, steps, bias, table, *, keep_states, seen=seen):
+            seen.append((y.shape[::2], steps.shape[0]))
+            factor = jnp.exp(steps[:, 0, :6].sum(1) + (0 if bias is None else bias))
+            o = y[..., 64:128] * factor[:, None].astype(y.dtype)
+            states = jnp.zeros((y.shape[0], y.shape[2], 1))
+            return (o, o, states) if keep_states else (o,)
 
-        def backward(y, b, table, o, states, d_h):
-            g = jnp.ones((y.shape[0], *b.shape[1:])) * d_h.sum((1, 3))[..., None, None]
-            d_y = jnp.zeros_like(y).at[..., 64:128].set(d_h)
-            return d_y, o, g if b.shape[0] > 1 else g.sum(0, keepdims=True)
+        def backward(y, steps, bias, table, o, states, d_h):
+            kinds = 1 if bias is None else 2
+            shape = (y.shape[0], steps.shape[0], kinds, *steps.shape[1:])
+            d_steps = jnp.ones(shape) * d_h.sum((1, 3))[..., None, None, None]
+            return jnp.zeros_like(y).at[..., 64:128].set(d_h), o, d_steps
 
         monkeypatch.setattr(module, "kernels", lambda ways=(forward, backward), **_: ways)
         want = jax.jit(functools.partial(results, joined, case))(args, d_out)

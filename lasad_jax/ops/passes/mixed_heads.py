@@ -61,7 +61,7 @@ def mixed_heads_product(
     num_tokens = y.shape[1]
     if table is not None:
         table = table.reshape(num_tokens, -1)
-        table = jnp.pad(table, [(0, -num_tokens % _CHUNK), (0, 0)])
+        table = keep(jnp.pad(table, [(0, -num_tokens % _CHUNK), (0, 0)]))
     ways = _on_mesh(kernels(q_scale=float(q_scale), epsilon=epsilon), batch_axes, head_axes)
     steps = keep(_in_chunks(steps, y.shape[2]))
     return keep(fused(y, kernel, steps, bias, table, *ways))
