@@ -50,6 +50,7 @@ class Tiling:
     in_turn: bool = False
     cluster: int = 1
     band: int = 1
+    by_channel: bool = False
 
     @property
     def rows(self) -> int:
@@ -75,7 +76,7 @@ def forward(
       interpret: run on any platform, slowly.
     """
     t = tiling or Tiling(256, 3, 5)
-    (M, _), F = x.shape, gate_up.shape[1]
+    (M, _), F = x.shape, gate_up.shape[2 if t.by_channel else 1]
     hidden = t.columns // 2
 
     def finish(sums, row, column, _, out, emit):
@@ -89,7 +90,7 @@ def forward(
                 emit((silu * up.astype(jnp.float32)).astype(jnp.bfloat16), out[1].at[place])
 
     out = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((M, 2, F), (M, F))]
-    weights = gate_up.reshape(2 * F, -1)
+    weights = gate_up.reshape(-1, 2 * F) if t.by_channel else gate_up.reshape(2 * F, -1)
     starts = lambda column: (column, F + column)
     return _launch(
         "swiglu_forward", finish, x, weights, (), out, F, hidden, starts, t, programs, interpret
@@ -241,9 +242,12 @@ def _launch(name, finish, x, w, inputs, out, N, hidden, starts, t: Tiling, progr
                         x_ref.at[pl.ds(row, tile_rows), channels], x_tiles.at[slot], ready(i, slot)
                     )
                     for j, start in enumerate(starts(column)):
+                        source, target = (pl.ds(start, hidden), channels), (slot, pl.ds(j * hidden, hidden))
+                        if t.by_channel:
+                            source, target = source[::-1], (slot, j)
                         plgpu.copy_gmem_to_smem(
-                            w_ref.at[pl.ds(start, hidden), channels],
-                            w_tiles.at[slot, pl.ds(j * hidden, hidden)],
+                            w_ref.at[source],
+                            w_tiles.at[target],
                             ready(i, slot),
                             **({"collective_axes": "rank"} if t.cluster > 1 else {}),
                         )
@@ -275,9 +279,13 @@ def _launch(name, finish, x, w, inputs, out, N, hidden, starts, t: Tiling, progr
                         slot = lax.rem(i * steps + k, stages)
                         plgpu.barrier_wait(ready(i, slot))
                         rows = () if t.in_turn else (pl.ds(warpgroup * t.rows, t.rows),)
-                        w_tile = w_tiles.at[slot].transpose((1, 0))
-                        plgpu.wgmma(sums, x_tiles.at[(slot, *rows)], w_tile)
-                        plgpu.wgmma_wait(1)
+                        if t.by_channel:
+                            for j in range(blocks):
+                                plgpu.wgmma(sums.at[:, j * hidden : (j + 1) * hidden], x_tiles.at[(slot, *rows)], w_tiles.at[slot, j])
+                        else:
+                            w_tile = w_tiles.at[slot].transpose((1, 0))
+                            plgpu.wgmma(sums, x_tiles.at[(slot, *rows)], w_tile)
+                        plgpu.wgmma_wait(blocks if t.by_channel else 1)
 
                         # The step before this one has now read its stage.
                         @pl.when(k > 0)
@@ -307,7 +315,7 @@ def _launch(name, finish, x, w, inputs, out, N, hidden, starts, t: Tiling, progr
         kind = functools.partial(plgpu.ClusterBarrier, collective_axes=("rank",))
     scratch_types = {
         "x": plgpu.SMEM((stages, tile_rows, SIDE), bf16, transforms=swizzled),
-        "w": plgpu.SMEM((stages, t.columns, SIDE), bf16, transforms=swizzled),
+        "w": plgpu.SMEM((stages, blocks, SIDE, hidden) if t.by_channel else (stages, t.columns, SIDE), bf16, transforms=swizzled),
         "full": plgpu.Barrier(
             num_arrivals=1 + blocks, num_barriers=stages * (_WARPGROUPS if t.in_turn else 1)
         ),
