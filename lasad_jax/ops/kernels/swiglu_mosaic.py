@@ -51,6 +51,8 @@ class Tiling:
     cluster: int = 1
     band: int = 1
     by_channel: bool = False
+    ahead: bool = False
+    profile: str = ""
 
     @property
     def rows(self) -> int:
@@ -228,6 +230,24 @@ def _launch(name, finish, x, w, inputs, out, N, hidden, starts, t: Tiling, progr
 
             def load_tile(i):
                 row, column = place(i)
+                if t.ahead:
+                    # Into the L2, by the programs of a row of tiles together.
+                    next_row, next_column = place(i + 1)
+                    part = lax.div(next_column, hidden)
+
+                    @pl.when((i + 1 < count) & (part < steps))
+                    def _():
+                        plgpu.async_prefetch(
+                            x_ref.at[pl.ds(next_row, tile_rows), pl.ds(part * SIDE, SIDE)]
+                        )
+
+                    if inputs:
+                        @pl.when(i + 1 < count)
+                        def _():
+                            for part in range(2):
+                                plgpu.async_prefetch(
+                                    in_refs[0].at[pl.ds(next_row, tile_rows), part, pl.ds(next_column, hidden)]
+                                )
 
                 def load_step(k):
                     number = i * steps + k
@@ -270,7 +290,8 @@ def _launch(name, finish, x, w, inputs, out, N, hidden, starts, t: Tiling, progr
                     row += warpgroup * t.rows
                 fetch, load = _incoming(in_refs, scratch, warpgroup, row, column, hidden)
                 if inputs:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    with jax.named_scope("ask"):
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     for piece in range(pieces_in):
                         fetch(piece)
 
@@ -292,14 +313,16 @@ def _launch(name, finish, x, w, inputs, out, N, hidden, starts, t: Tiling, progr
                         def _():
                             plgpu.barrier_arrive(empty.at[lax.rem(i * steps + k - 1, stages)])
 
-                    loop(0, steps, step)
+                    with jax.named_scope("multiply"):
+                        loop(0, steps, step)
                     value = sums[...]
                     plgpu.barrier_arrive(empty.at[lax.rem(i * steps + steps - 1, stages)])
                     return value
 
                 sums = pl.run_scoped(run, plgpu.ACC((t.rows, t.columns), jnp.float32))
                 emit = _outgoing(scratch["out"], warpgroup, t.slots, pieces, pieces_in, fetch)
-                finish(sums, row, column, load, out_refs, emit)
+                with jax.named_scope("finish"):
+                    finish(sums, row, column, load, out_refs, emit)
 
             if t.in_turn:
                 own = lax.div(count - warpgroup + 1, 2)
@@ -340,7 +363,7 @@ def _launch(name, finish, x, w, inputs, out, N, hidden, starts, t: Tiling, progr
         **clusters,
         num_threads=_WARPGROUPS + 1,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True, **({'profile_dir': t.profile, 'profile_space': 56, 'profile_bounds_check': True} if t.profile else {})),
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )(x, w, *inputs)
 
@@ -365,7 +388,8 @@ def _incoming(refs, scratch, warpgroup, row, column, hidden):
             )
 
     def load(piece):
-        plgpu.barrier_wait(arrived.at[index(piece)])
+        with jax.named_scope("arrive"):
+            plgpu.barrier_wait(arrived.at[index(piece)])
         return tiles.at[index(piece), 0], tiles.at[index(piece), 1]
 
     return fetch, load
@@ -379,7 +403,8 @@ def _outgoing(tiles, warpgroup, slots, pieces, pieces_in, fetch):
         nonlocal number
         if number == 0 or number >= slots:
             # All that left before: of the last tile, or of the piece whose slot is taken.
-            plgpu.wait_smem_to_gmem(0 if number == 0 else slots - 1, wait_read_only=True)
+            with jax.named_scope("slot"):
+                plgpu.wait_smem_to_gmem(0 if number == 0 else slots - 1, wait_read_only=True)
         if fetch is not None and number >= slots and number - slots + pieces_in < pieces:
             fetch(number - slots + pieces_in)
         slot = tiles.at[warpgroup * slots + number % slots]
