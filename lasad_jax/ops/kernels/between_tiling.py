@@ -15,7 +15,7 @@ UNIT = 64  # columns of a piece of a matrix
 DEPTH = 128  # inputs of a piece of a matrix or of rows
 CLUSTER = 2  # programs, of rows below each other, that share pieces of matrices
 # int32 that programs count each other in: of each phase, in a line of the L2 cache of its own.
-COUNTERS = (5, 32)
+COUNTERS = (6, 32)
 # Devices known to hold a program on each, in clusters, at once: they wait for each other.
 _MULTIPROCESSORS = (132,)
 _CHANNELS = 128  # threads that a row is spread over
@@ -23,7 +23,7 @@ _FEWEST_ROWS, _MULTIPLE = 64, 8  # as for `decode_product`
 _PIECE_BYTES = DEPTH * UNIT * 2
 _ROWS_MEMORY = 96 * 1024  # bytes for rows on their way
 _MOST_SLOTS = 32  # barriers of one kind
-_MOST_ROWS = 128  # what registers hold sums of
+MOST_ROWS = 128  # what registers hold sums of
 _BARRIERS = 8192  # bytes kept for barriers, reductions and alignment
 
 
@@ -58,6 +58,10 @@ class Product:
         """Of a cluster: one for each of its programs."""
         return self.blocks * (self.N // UNIT)
 
+    def most_tiles(self, programs: int) -> int:
+        """Of one of so many programs."""
+        return -(-self.tiles // (programs // CLUSTER))
+
     @property
     def slots(self) -> int:
         """Pieces of rows on their way at once."""
@@ -65,7 +69,7 @@ class Product:
 
     def cost(self, programs: int) -> float:
         """Microseconds, roughly, on an H100 or H200."""
-        rounds = -(-self.tiles // (programs // CLUSTER))
+        rounds = self.most_tiles(programs)
         weights = self.K * UNIT * self.units * 2e-3
         loads = self.K * self.rows * 2e-3 + weights
         read = self.tiles * (CLUSTER * (loads - weights) + weights)
@@ -76,7 +80,7 @@ class Product:
 def best_product(M: int, K: int, N: int, programs: int, *, gated: bool = False) -> Product:
     """The rows that cost least; of equals, the fewest, for which a program waits least."""
     units = 1 + gated
-    ways = [Product(M, K, N, r, units) for r in range(16, _MOST_ROWS // units + 1, 8) if r <= M]
+    ways = [Product(M, K, N, r, units) for r in range(16, MOST_ROWS // units + 1, 8) if r <= M]
     return min(ways, key=lambda product: (product.cost(programs), product.rows))
 
 
@@ -85,11 +89,12 @@ def rows_in_flight(products: tuple[Product, ...]) -> int:
     return max(p.rows * p.slots for p in products)
 
 
-def weight_slots(products: tuple[Product, ...]) -> int:
+def weight_slots(products: tuple[Product, ...], programs: int) -> int:
     """Pieces of matrices that fit beside all else."""
-    width = products[0].N // UNIT
-    rows = max(p.rows for p in products)
-    others = rows_in_flight(products) * DEPTH * 2 + rows * (UNIT * 2 + 4 * (width + 1)) + _BARRIERS
+    rows, width = max(p.rows for p in products), products[0].N // UNIT
+    # A tile on its way out and, for the last product, sums of squares of its rows.
+    others = rows * UNIT * 2 + MOST_ROWS * 4 * (width * products[-1].most_tiles(programs) + 2)
+    others += rows_in_flight(products) * DEPTH * 2 + _BARRIERS
     return min((SHARED_MEMORY - others) // _PIECE_BYTES, _MOST_SLOTS)
 
 
