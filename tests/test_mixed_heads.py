@@ -28,6 +28,7 @@ CASES = [
     (SequenceDecay, 72, (1, 71), 2, False, True),
     (NoDecay, 64, (7, 9), 1, True, False),
     (RasterDecay, 72, (1, 71), 1, True, True),
+    (RasterDecay, 264, (1, 263), 1, True, False),  # chunks of two groups
 ]
 COLUMNS = {"q": (0, 32), "k": (32, 64), "v": (64, 128), "out_gate": (128, 192), "gate": (192, 193)}
 EPSILON, Q_SCALE, D = 1e-3, 0.2, 24

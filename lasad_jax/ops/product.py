@@ -18,3 +18,26 @@ def product(
         x.astype(kernel.dtype).reshape(-1, matrix.shape[0]), matrix, (((1,), (0,)), ((), ()))
     )
     return y.reshape(*lead, *kernel.shape[num:])
+
+
+def d_factor(
+    d_out: Float[Array, "*lead D"], kernel: Float[Array, "*contracted D"]
+) -> Float[Array, "*lead_contracted"]:
+    """The gradient with respect to h of `product(h, kernel, kernel.ndim - 1)`."""
+    d_h = jax.lax.dot_general(
+        d_out.reshape(-1, kernel.shape[-1]),
+        kernel.reshape(-1, kernel.shape[-1]),
+        (((1,), (1,)), ((), ())),
+    )
+    return d_h.reshape(*d_out.shape[:-1], *kernel.shape[:-1])
+
+
+def d_kernel(
+    h: Float[Array, "*lead_contracted"], d_out: Float[Array, "*lead D"]
+) -> Float[Array, "*contracted D"]:
+    """The gradient with respect to the kernel, in its own dtype: half the bytes of float32 to add
+    up over devices."""
+    contracted, features = h.shape[d_out.ndim - 1 :], d_out.shape[-1]
+    d_out = d_out.reshape(-1, features)
+    matrix = jax.lax.dot_general(h.reshape(len(d_out), -1), d_out, (((0,), (0,)), ((), ())))
+    return matrix.reshape(*contracted, features)

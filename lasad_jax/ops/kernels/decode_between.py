@@ -42,7 +42,7 @@ _MOST_ROWS = 8  # that a warpgroup convolves at once
 
 
 @functools.partial(
-    jax.jit, static_argnames=("offsets", "columns", "epsilon", "programs", "early", "interpret")
+    jax.jit, static_argnames=("offsets", "columns", "epsilon", "programs", "interpret")
 )
 def between(
     mixed: BFloat16[Array, "B V"],
@@ -60,7 +60,6 @@ def between(
     columns: int,
     epsilon: float,
     programs: int | None = None,
-    early: bool = False,
     interpret: bool = False,
 ) -> tuple[
     BFloat16[Array, "B D"],
@@ -84,7 +83,6 @@ def between(
       columns: of the grid.
       epsilon: of both norms.
       programs: at most as many as there are multiprocessors; None for that many.
-      early: load matrices while the launch before this one ends (programmatic dependent launch).
 
     Returns:
       x, the projection if there is one, recent and counters. x is rounded once per sum.
@@ -96,7 +94,6 @@ def between(
         columns=columns,
         epsilon=epsilon,
         programs=programs or num_programs(),
-        early=early,
         interpret=interpret,
     )
     # A loop's own counter is of a weak type, which kernels cannot divide.
@@ -107,7 +104,7 @@ def between(
     return x, projected, jax.freeze(recent), jax.freeze(counters)
 
 
-def _kernel(shapes, *, offsets, columns, epsilon, programs, early, interpret):
+def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
     (M, V), (_, window, D), _, (_, both), last = shapes
     programs -= programs % CLUSTER
     sizes = [(V, D, False), (D, both // 2, True), (both // 2, D, False)]
@@ -148,8 +145,6 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, early, interpret):
         def wait_for(product, phase):
             """Those who have nothing to do need not wait."""
             pl.when(pipeline.tiles(product) > 0)(functools.partial(wait, phase))
-
-        after_launch_before = plgpu.griddepcontrol_wait if early else lambda: None
 
         def swiglu(gate, up):
             return gate / (1 + jnp.exp(-gate)) * up
@@ -232,7 +227,6 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, early, interpret):
 
         @pl.when(warpgroup == _LOAD_ROWS)
         def _():
-            after_launch_before()
             pipeline.load_rows(products[0], mixed)
             convolve()
             signal(CONVOLVED)
@@ -247,7 +241,6 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, early, interpret):
 
         @pl.when(warpgroup == _MULTIPLY)
         def _():
-            after_launch_before()
             mix, gate_up, down, *following = products
             slot = add(mix, middle, jnp.int32(0), x)
             signal(MIXED)

@@ -184,11 +184,13 @@ def backward(
         scratch["prefix"] = mg.prefix_buffers()
     grid = (batch, heads, segments)
     out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="recurrence_backward")
-    dg = cross(out["crossings"], shared=b.shape[0] == 1)
+    dg = _cross(out["crossings"], shared=b.shape[0] == 1)
     return *(out[name] for name in ("dq", "dk", "dv")), dg, out.get("d_starts")
 
 
-def cross(crossings: Float32[Array, "B H M 2 L"], shared: bool) -> Float32[Array, "one_or_B H M L"]:
+def _cross(
+    crossings: Float32[Array, "B H M 2 L"], shared: bool
+) -> Float32[Array, "one_or_B H M L"]:
     """dg: the step into row u is crossed by pairs from before the chunk to after it, or into
     it, less those that end before u, and by pairs that start in the chunk before u."""
     if shared:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.numerics import wide
-from lasad_jax.ops.product import product
+from lasad_jax.ops.product import d_factor, d_kernel, product
 
 Axes = str | tuple[str, ...] | None
 
@@ -134,13 +134,9 @@ def _fused_forward(inputs, kernel, forward, backward):
 
 
 def _fused_backward(forward, backward, residuals, d_out):
-    (inputs, kernel), lead = residuals, d_out.shape[:2]
-    matrix, d_out = kernel.reshape(-1, kernel.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
-    d_h = jax.lax.dot_general(d_out, matrix, (((1,), (1,)), ((), ())))
-    *d_inputs, h = backward(*inputs, d_h.reshape(*lead, *kernel.shape[:-1]))
-    # In the kernel's dtype, as of other products: half the bytes to add up over devices.
-    d_kernel = jax.lax.dot_general(h.reshape(d_h.shape), d_out, (((0,), (0,)), ((), ())))
-    return tuple(d_inputs), d_kernel.reshape(kernel.shape)
+    inputs, kernel = residuals
+    *d_inputs, h = backward(*inputs, d_factor(d_out, kernel))
+    return tuple(d_inputs), d_kernel(h, d_out)
 
 
 fused.defvjp(_fused_forward, _fused_backward)

@@ -19,7 +19,7 @@ from jaxtyping import Array, BFloat16, Float32
 
 from lasad_jax.ops.decays import Decay, Grid
 from lasad_jax.ops.keep import keep
-from lasad_jax.ops.product import product
+from lasad_jax.ops.product import d_factor, d_kernel, product
 
 # Tokens of a chunk, and of the chunks whose decays the kernels take at once.
 _CHUNK, _GROUP = 64, 256
@@ -95,14 +95,10 @@ def _fused_forward(y, kernel, steps, bias, table, forward, backward):
 
 def _fused_backward(forward, backward, residuals, d_out):
     y, kernel, steps, bias, table, rest = residuals
-    matrix, d_out = kernel.reshape(-1, kernel.shape[-1]), d_out.reshape(-1, d_out.shape[-1])
-    d_h = jax.lax.dot_general(d_out, matrix, (((1,), (1,)), ((), ())))
-    d_y, h, d_steps = backward(y, steps, bias, table, *rest, d_h.reshape(*y.shape[:3], -1))
-    d_kernel = jax.lax.dot_general(
-        h.reshape(-1, matrix.shape[0]), d_out, (((0,), (0,)), ((), ()))
-    ).reshape(kernel.shape)
+    d_y, h, d_steps = backward(y, steps, bias, table, *rest, d_factor(d_out, kernel))
     d_steps, *d_bias = jnp.moveaxis(jnp.sum(d_steps, axis=0), 1, 0)
-    return d_y, d_kernel, d_steps, jnp.sum(d_bias[0], axis=(1, 2)) if d_bias else None, None
+    d_bias = jnp.sum(d_bias[0], axis=(1, 2)) if d_bias else None
+    return d_y, d_kernel(h, d_out), d_steps, d_bias, None
 
 
 fused.defvjp(_fused_forward, _fused_backward)
