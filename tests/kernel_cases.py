@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Iterator
 
 import jax
@@ -202,7 +203,7 @@ def lower(name: str, function, *args) -> str:
 
 
 def live_calls(lowered: jax.stages.Lowered) -> Iterator[tuple[str, str, int]]:
-    """Kernels of a program: target, name (empty for Mosaic GPU) and number of outputs of each.
+    """Kernels of a program: target, name and number of outputs of each.
 
     Without those whose results nobody reads, such as what rematerialisation would make of
     results that are kept: XLA removes them first of all.
@@ -228,10 +229,14 @@ def _live(op, functions):
 
 
 def _described(call):
-    # Mosaic TPU's name stands with the other attributes, Triton's among its options.
+    # Mosaic TPU's name stands with the other attributes, Triton's among its options, and Mosaic
+    # GPU's in the compiled module itself.
     options, key, name = call.attributes, "kernel_name", ""
     if "mhlo.backend_config" in options:
         options, key = options["mhlo.backend_config"], "name"
     if key in options:
         name = options[key].value
+    elif "module" in options:
+        symbol = rb"\b(?!stable_)(\w+)_mosaic_gpu\0"
+        name = re.search(symbol, options["module"].value_bytes)[1].decode()
     return call.attributes["call_target_name"].value, name, len(call.results)

@@ -134,8 +134,8 @@ def test_the_train_step_lowers_with_kernels(kind, platform, decay, target, key_d
     state = abstract_state(config, make_mesh(config.mesh, jax.devices()[:1]))
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
     batch = {
-        "tokens": jax.ShapeDtypeStruct((8, 256), jnp.int32),
-        "labels": jax.ShapeDtypeStruct((8,), jnp.int32),
+        "tokens": jax.ShapeDtypeStruct((16, 256), jnp.int32),
+        "labels": jax.ShapeDtypeStruct((16,), jnp.int32),
     }
     device = AbstractDevice(device_kind=kind, platform=platform, num_cores=132)
     mesh = AbstractMesh((), (), abstract_device=device)
@@ -148,7 +148,7 @@ def test_the_train_step_lowers_with_kernels(kind, platform, decay, target, key_d
     assert ("manual_computation" in lowered.as_text()) == (sizes is not None)
     calls = list(live_calls(lowered))
 
-    is_operator = lambda call: call[1].startswith(("recurrence_", "manhattan_")) or not call[1]
+    is_operator = lambda call: call[1].startswith(("recurrence_", "manhattan_", "mixed_heads_"))
     operator = [call for call in calls if is_operator(call)]
     assert {called for called, _, _ in operator} == {target}
     # Forward and backward, and not forward again: remat keeps the output and, stored at once,
@@ -170,4 +170,8 @@ def test_the_train_step_lowers_with_kernels(kind, platform, decay, target, key_d
             expected = collections.Counter({k: n for k, n in expected.items() if "heads" not in k})
         if sizes is not None:
             del expected["row_losses"]  # on this mesh no device has whole rows
+        elif target == "mosaic_gpu_v2":
+            # Of 4096 rows, which on the mesh are split: inside the products.
+            name = lambda key: key.replace("gated_swiglu", "swiglu")
+            expected = collections.Counter({name(key): n for key, n in expected.items()})
     assert passes == expected

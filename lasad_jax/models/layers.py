@@ -9,11 +9,9 @@ from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.folding import scaled
 from lasad_jax.models.operator import mesh_axes, passes
 from lasad_jax.models.sizes import ffn_width
-from lasad_jax.ops.keep import keep
 from lasad_jax.ops.passes.add_norm import add_norm
 from lasad_jax.ops.passes.dropout import token_seeds
-from lasad_jax.ops.passes.gated_products import swiglu_product
-from lasad_jax.ops.product import product
+from lasad_jax.ops.passes.feed_forward import swiglu
 
 NORM_EPSILON = 1e-5
 _ONE_HOT_UP_TO = 1024
@@ -141,11 +139,11 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         shape, axes = (self.config.width, ffn_width(self.config)), ("embed", "mlp")
-        kernels = [Kernel(self.config, shape, axes, name=name)() for name in ("gate", "up")]
-        # Side by side on an axis of their own, which leaves that of "mlp" to be split over a mesh.
-        gate_up = keep(product(x, keep(jnp.stack(kernels, axis=1))))
-        return swiglu_product(
-            gate_up,
+        gate, up = (Kernel(self.config, shape, axes, name=name)() for name in ("gate", "up"))
+        return swiglu(
+            x,
+            gate,
+            up,
             Kernel(self.config, shape[::-1], axes[::-1], name="down")(),
             implementation=passes(self.config),
             batch_axes=mesh_axes("batch", x.shape[0]),

@@ -26,6 +26,8 @@ _WIDTHS = (16, 32, 64, 128)
 # Two programs on each multiprocessor of a Hopper GPU, and the shortest segment worth a pass
 # of its own over keys and values.
 _PROGRAMS = 264
+# Rows from which a product of our own keeps all multiprocessors of a Hopper GPU busy.
+_FEWEST_ROWS = 4096
 _CHUNKS_PER_SEGMENT = 8
 
 
@@ -164,6 +166,19 @@ def mixes_heads(
     fits = y.dtype == jnp.bfloat16 and widths == (32, 64)
     fits = fits and num_tokens % 8 == 0 and num_tokens >= 64
     return fits and _segments(batch * heads // devices, -(-num_tokens // 64)) == 1
+
+
+def fuses_swiglu(rows: int, D: int, F: int, dtype: jnp.dtype) -> bool:
+    """Whether the products of `passes.feed_forward` that hold the SwiGLU can run and suit it.
+
+    Args:
+      rows, D, F: tokens, channels and hidden channels of one device.
+      dtype: of the matrices.
+    """
+    where = device()
+    able = where.is_gpu and is_hopper(where) and _jax_version() >= (0, 11)
+    fits = dtype == jnp.bfloat16 and D % 64 == F % 64 == 0 and min(D, F) >= 128
+    return able and fits and rows >= _FEWEST_ROWS and rows % 8 == 0
 
 
 def recurrence(name: str, q: Array, v: Array, *, interpret: bool = False) -> Backend:

@@ -39,8 +39,8 @@ def log_decays(inputs, image, head, chunk, interpret):
     """Logarithms to base 2 of the decays since each chunk's start, of the group from `chunk` on."""
     g = load(inputs["steps"].at[head, pl.ds(chunk, CHUNKS)])
     if "bias" in inputs:
-        _, softplus, on_grid = _content(inputs, image, head, chunk, interpret)
-        g = jnp.where(on_grid, g - softplus, g)
+        # The prefix token's step crosses nothing: with or without, it counts for nothing.
+        g = g - _content(inputs, image, head, chunk, interpret)[1]
     return _running_sums(jnp.maximum(g, _RESET), interpret) * math.log2(math.e)
 
 
@@ -55,16 +55,14 @@ def gradients(change, through, inputs, image, head, chunk, interpret):
     d_g = jnp.where(_token(chunk) < inputs["y"].shape[1], d_g, 0.0)
     if "bias" not in inputs:
         return d_g, None
-    x, softplus, on_grid = _content(inputs, image, head, chunk, interpret)
-    return d_g, d_g * jnp.where(on_grid, -jnp.exp(x - softplus), 0.0)
+    x, softplus = _content(inputs, image, head, chunk, interpret)
+    return d_g, -d_g * jnp.exp(x - softplus)
 
 
 def _content(inputs, image, head, chunk, interpret):
-    """The content gate with its bias, softplus of it, and which tokens are the grid's."""
-    y, token = inputs["y"], _token(chunk)
-    x = _gates(y, image, chunk, head, interpret) + inputs["bias"][head]
-    softplus = jnp.maximum(x, 0.0) + jnp.log(1.0 + jnp.exp(jnp.minimum(x, -x)))
-    return x, softplus, (token > 0) & (token < y.shape[1])
+    """The content gate with its bias, and softplus of it."""
+    x = _gates(inputs["y"], image, chunk, head, interpret) + inputs["bias"][head]
+    return x, jnp.maximum(x, 0.0) + jnp.log(1.0 + jnp.exp(jnp.minimum(x, -x)))
 
 
 def put_gates(d_y, x, image, chunk, head, interpret):

@@ -44,10 +44,9 @@ def forward(
     Args:
       y: joint projection. A head's columns are [q 32 | k 32 | v 64 | out_gate 64] and, with a
         bias, [content gate 1 | padding 7].
-      steps: log-decays in chunks of 64 tokens, M a multiple of 4 that holds N of them; what is
-        past N must be 0.
-      bias: of the content gate, which adds -softplus(its column + bias) to all steps but the
-        prefix token's.
+      steps: log-decays in chunks of 64 tokens, M a multiple of 4 that holds N of them. The prefix
+        token's and what is past N count for nothing.
+      bias: of the content gate, which adds -softplus(its column + bias).
       table: cosine and sine of each pair of a token; None does not rotate.
       q_scale: factor of the queries.
       epsilon: of the norm.

@@ -4,13 +4,14 @@
     local_conv      the causal 5x5 depthwise convolution on the grid
     split_heads     queries, keys and values out of a joint projection
     gated_products  a gate, then the product that reads what was gated
-    mixed_heads     these two, the operator between them, and that product
+    feed_forward    SwiGLU with the products around it
+    mixed_heads     splitting, the operator, norm and gate, and the product
     row_losses      cross-entropy of rows of logits, and its gradient
     categorical     a code for every row of logits
     dropout         masks that cost a few integer operations
 
 Each but `dropout` has kernels in `lasad_jax.ops.kernels`, one launch each way (Triton's; those of
-`mixed_heads` are Mosaic GPU's, for Hopper), and a plain form in XLA's own operations (that of
-`mixed_heads` are its parts); `choice` decides. XLA splits no kernel over a mesh: each takes the
+`feed_forward` and `mixed_heads` are Mosaic GPU's, for Hopper), and a plain form in XLA's own
+operations (of those two, their parts); `choice` decides. XLA splits no kernel over a mesh: each takes the
 axes over which images, heads or channels are split, and runs under `shard_map`.
 """
