@@ -177,7 +177,7 @@ def test_gradients_of_joint_projections_are_those_of_separate_products(changes):
     check_against_the_plain_model(changes)
 
 
-@pytest.mark.parametrize("remat", ["none", "cheap", "block"])
+@pytest.mark.parametrize("remat", ["none", "cheap", "lean", "block"])
 def test_the_same_with_every_kernel(remat, kernels_without_a_gpu):
     """The kernels of a block leave parts of gradients to each other: nothing is read that none
     has written."""
@@ -250,7 +250,7 @@ def test_every_residual_sum_draws_its_own_mask(unroll, drawn):
     assert len(drawn) == len(set(drawn)) == 1 + 2 * config.num_layers
 
 
-@pytest.mark.parametrize("remat", ["block", "cheap"])
+@pytest.mark.parametrize("remat", ["block", "lean", "cheap"])
 def test_what_is_computed_again_drops_the_same(remat, drawn):
     config, params, tokens, labels = case(dropout=0.2, remat=remat)
     jax.block_until_ready(loss_and_gradients(config, params, tokens, labels, jax.random.key(0)))

@@ -109,7 +109,7 @@ def test_the_class_reaches_every_code():
 
 def test_remat_changes_no_gradient():
     gradients = []
-    for remat in ("none", "block", "cheap"):
+    for remat in ("none", "block", "lean", "cheap"):
         config, variables, tokens, labels = tiny_model(remat=remat)
         loss = lambda v, c=config, t=tokens, y=labels: jnp.sin(LASADGen(c).apply(v, t, y)).sum()
         gradients.append(jax.jit(jax.grad(loss))(variables))

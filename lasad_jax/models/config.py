@@ -8,7 +8,7 @@ from lasad_jax.ops import IMPLEMENTATIONS
 
 MIXERS = ("lasad", "softmax")
 DECAYS = ("none", "sequence", "raster", "manhattan")
-REMATS = ("none", "block", "cheap")
+REMATS = ("none", "block", "lean", "cheap")
 SWITCH = ("auto", "on", "off")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -35,7 +35,9 @@ class ModelConfig:
       dropout: rate on the token embedding and on every residual branch.
       class_dropout: rate at which a label becomes the null class in training.
       remat: what the backward pass recomputes: "cheap" (what takes one pass over memory, not
-        products, norms and the operator), "block" (everything within a block) or "none".
+        products, norms, the operator and the convolution), "lean" (the convolution too, which
+        saves a number for each channel of a token and layer), "block" (everything within a
+        block) or "none".
       unroll: layers that are compiled one by one between steps of the loop over layers; 0
         for all of them on a GPU, where the loop costs copies of what it stores (a tenth of a
         step), and one elsewhere. More layers take longer to compile.

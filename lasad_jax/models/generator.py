@@ -14,12 +14,13 @@ from lasad_jax.models.layers import AddNorm, Embedding, FeedForward, Kernel
 from lasad_jax.models.local_conv import LocalConv, init_recent
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS, SoftmaxCache
 from lasad_jax.ops import State
-from lasad_jax.ops.keep import keep, keep_policy
+from lasad_jax.ops.keep import keep, keep_policy, lean_policy
 from lasad_jax.ops.kernels.choice import device
 from lasad_jax.ops.product import product
 
 _REMAT_POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
+    "lean": lean_policy,
     "cheap": keep_policy,
 }
 
@@ -63,7 +64,7 @@ class Block(nn.Module):
         x, y, _ = AddNorm(config, self.train, name="ffn_norm")(x, _constrain(branch))
         if config.has_local_conv:
             y, recent = LocalConv(config, name="conv")(y, recent, index)
-            y = keep(y)
+            y = keep(y, if_room=True)
         branch = FeedForward(config, name="ffn")(y)
         return (x, _constrain(branch)), None if cache is None else Cache(mixer, recent)
 

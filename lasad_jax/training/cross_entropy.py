@@ -16,8 +16,8 @@ from lasad_jax.models.operator import mesh_axes, num_devices
 from lasad_jax.ops.numerics import accumulator
 from lasad_jax.ops.passes.row_losses import row_losses
 
-# Logits that exist on a device at a time: half a gigabyte in bfloat16.
-_MAX_LOGITS = 2**28
+# Logits that exist on a device at a time: a quarter of a gigabyte in bfloat16.
+_MAX_LOGITS = 2**27
 
 
 def token_losses(
