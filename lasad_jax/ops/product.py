@@ -1,5 +1,7 @@
 """Products of activations with weights, as products of two matrices."""
 
+import math
+
 import jax
 from jaxtyping import Array, Float
 
@@ -9,15 +11,24 @@ def product(
 ) -> Float[Array, "*lead_features"]:
     """x's last `num` axes with the kernel's first, in the kernel's dtype.
 
-    Of more than two axes XLA would transpose whole activations in memory for the kernel's
-    gradient.
+    As a product of two matrices, and its gradients too: of more axes XLA would transpose whole
+    activations in memory, and the kernel's gradient after it.
     """
-    lead = x.shape[: x.ndim - num]
-    matrix = kernel.reshape(-1, *kernel.shape[num:])
-    y = jax.lax.dot_general(
-        x.astype(kernel.dtype).reshape(-1, matrix.shape[0]), matrix, (((1,), (0,)), ((), ()))
-    )
-    return y.reshape(*lead, *kernel.shape[num:])
+    features = kernel.shape[num:]
+    matrix = kernel.reshape(-1, math.prod(features))
+    y = _multiply(x.astype(kernel.dtype).reshape(-1, len(matrix)), matrix)
+    return y.reshape(*x.shape[: x.ndim - num], *features)
+
+
+@jax.custom_vjp
+def _multiply(x: Float[Array, "M K"], matrix: Float[Array, "K N"]) -> Float[Array, "M N"]:
+    return jax.lax.dot_general(x, matrix, (((1,), (0,)), ((), ())))
+
+
+_multiply.defvjp(
+    lambda x, matrix: (_multiply(x, matrix), (x, matrix)),
+    lambda factors, d_out: (d_factor(d_out, factors[1]), d_kernel(factors[0], d_out)),
+)
 
 
 def d_factor(

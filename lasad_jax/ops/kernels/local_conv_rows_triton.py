@@ -111,18 +111,20 @@ class _Program:
         return [first + c for c in range(self.columns)]
 
     def row(self, ref, r) -> list[Float[Array, " W"]]:
-        """In float32, 0 for tokens that do not exist."""
-        return [self.load(ref, token) for token in self.tokens(r)]
+        """As they are stored, 0 for tokens that do not exist."""
+        return [self._load(ref, token, self._exists(token)) for token in self.tokens(r)]
 
     def load(self, ref, token) -> Float[Array, " W"]:
-        return self._load(ref, token, self._exists(token))
+        """In float32."""
+        return self._load(ref, token, self._exists(token)).astype(jnp.float32)
 
     def store(self, ref, token, x: Float[Array, " W"]) -> None:
         self._store(ref, token, x, self._exists(token))
 
     def weights(self, ref) -> list[Float[Array, " W"]]:
         """One for each tap; that of the token itself counts the token as well."""
-        own, *others = (self._load(ref, tap, self.channels) for tap in range(len(TAPS)))
+        load = lambda tap: self._load(ref, tap, self.channels).astype(jnp.float32)
+        own, *others = map(load, range(len(TAPS)))
         return [1.0 + own, *others]
 
     def store_sums(self, ref, taps: list[Float[Array, " W"]]) -> None:
@@ -141,7 +143,7 @@ class _Program:
 
     def _load(self, ref, row, mask):
         other = None if mask is None else 0.0
-        return plgpu.load(self._window(ref, row), mask=mask, other=other).astype(jnp.float32)
+        return plgpu.load(self._window(ref, row), mask=mask, other=other)
 
     def _store(self, ref, row, x, mask):
         plgpu.store(self._window(ref, row), x.astype(ref.dtype), mask=mask)
@@ -156,18 +158,20 @@ def _forward_kernel(program, x_ref, kernel_ref, y_ref):
     for token in program.prefix:
         program.store(y_ref, token, weights[0] * program.load(x_ref, token))
 
-    def one_row(r, above):
-        rows = [program.row(x_ref, r), *above]
+    def one_row(r, carry):
+        row, above = carry
+        # The next row is on its way while this one is convolved.
+        rows, below = [_wide(row), *above], program.row(x_ref, r + 1)
         for c, token in zip(columns, program.tokens(r), strict=True):
             y = program.zeros()
             for weight, (down, right) in zip(weights, TAPS, strict=True):
                 if c + right in columns:
                     y = program.fma(weight, rows[-down][c + right], y)
             program.store(y_ref, token, y)
-        return rows[:REACH]
+        return below, rows[:REACH]
 
     none = [[program.zeros()] * program.columns] * REACH
-    lax.fori_loop(0, program.num_rows, one_row, none)
+    lax.fori_loop(0, program.num_rows, one_row, (program.row(x_ref, 0), none))
 
 
 def _backward_kernel(program, dy_ref, x_ref, kernel_ref, dx_ref, parts_ref):
@@ -181,7 +185,7 @@ def _backward_kernel(program, dy_ref, x_ref, kernel_ref, dx_ref, parts_ref):
     def one_row(i, carry):
         below, sums = carry
         r = program.num_rows - 1 - i
-        rows, sums = [program.row(dy_ref, r), *below], list(sums)
+        rows, sums = [_wide(program.row(dy_ref, r)), *below], list(sums)
         for c, token in zip(columns, program.tokens(r), strict=True):
             x, d_x = program.load(x_ref, token), program.zeros()
             for tap, (down, right) in enumerate(TAPS):
@@ -196,3 +200,7 @@ def _backward_kernel(program, dy_ref, x_ref, kernel_ref, dx_ref, parts_ref):
     none = [[program.zeros()] * program.columns] * REACH
     _, sums = lax.fori_loop(0, program.num_rows, one_row, (none, sums))
     program.store_sums(parts_ref, sums)
+
+
+def _wide(row: list) -> list[Float[Array, " W"]]:
+    return [x.astype(jnp.float32) for x in row]

@@ -39,7 +39,8 @@ def forward(
     interpret: bool = False,
 ) -> tuple[Array, ...]:
     """The gated heads h (B, N, H, 64) and, with `keep_states`, what `backward` takes: the heads o
-    before norm and gate, and the transposed state before each chunk (B, H, M, 64, 32), in bf16.
+    before norm and gate, and the transposed state before each chunk but the first, which begins
+    with zeros: (B, H, chunks - 1, 64, 32) in bf16, of one chunk a single one without a meaning.
 
     Args:
       y: joint projection. A head's columns are [q 32 | k 32 | v 64 | out_gate 64] and, with a
@@ -58,7 +59,7 @@ def forward(
     tokens = jax.ShapeDtypeStruct((batch, num_tokens, heads, mh.VALUE_DIM), y.dtype)
     out_type = {"h": tokens}
     if keep_states:
-        shape = (batch, heads, chunks, mh.VALUE_DIM, mh.KEY_DIM)
+        shape = (batch, heads, max(chunks - 1, 1), mh.VALUE_DIM, mh.KEY_DIM)
         out_type |= {"o": tokens, "states": jax.ShapeDtypeStruct(shape, y.dtype)}
     multiply = functools.partial(mg.multiply, interpret=interpret)
     turns = functools.partial(mh.Turns.load, interpret=interpret)
@@ -109,7 +110,8 @@ def forward(
 
             (scores, carried), weights = multiply([(q, t(k_tile))], [(q, t(q_tile))], work=weigh)
             if keep_states:
-                plgpu.copy_smem_to_gmem(q_tile, outputs["states"].at[at, head, c])
+                place = outputs["states"].at[at, head, jnp.maximum(c - 1, 0)]
+                pl.when(c > 0)(lambda: plgpu.copy_smem_to_gmem(q_tile, place))
             scores = mg.masked(scores, weights, mask_tile)
 
             def meanwhile():

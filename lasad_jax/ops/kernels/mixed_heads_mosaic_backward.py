@@ -30,7 +30,7 @@ def backward(
     bias: Float32[Array, " H"] | None,
     table: Float32[Array, "M*64 32"] | None,
     o: BFloat16[Array, "B N H 64"],
-    states: BFloat16[Array, "B H M 64 32"],
+    states: BFloat16[Array, "B H boundaries 64 32"],
     d_h: BFloat16[Array, "B N H 64"],
     *,
     q_scale: float,
@@ -84,8 +84,17 @@ def backward(
             for name, column in (("q", mh.Q), ("k", mh.K), ("v", mh.V)):
                 tile = scratch[name].at[slot]
                 arrivals.fetch(y, at, c * mg.CHUNK, head, column, tile, slot)
-            source = inputs["states"].at[at, head, c]
-            plgpu.copy_gmem_to_smem(source, scratch["state"].at[slot], ready.at[slot])
+            state_tile = scratch["state"].at[slot]
+
+            @pl.when(c > 0)
+            def _():
+                source = inputs["states"].at[at, head, c - 1]
+                plgpu.copy_gmem_to_smem(source, state_tile, ready.at[slot])
+
+            @pl.when(c == 0)
+            def _():
+                state_tile[...] = jnp.zeros(state_tile.shape, y.dtype)
+                plgpu.barrier_arrive(ready.at[slot])
 
         def fetch_gated(i):
             row = (chunks - 1 - i) * mg.CHUNK

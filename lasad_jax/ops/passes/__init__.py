@@ -12,6 +12,6 @@
 
 Each but `dropout` has kernels in `lasad_jax.ops.kernels`, one launch each way (Triton's; those of
 `feed_forward` and `mixed_heads` are Mosaic GPU's, for Hopper), and a plain form in XLA's own
-operations (of those two, their parts); `choice` decides. XLA splits no kernel over a mesh: each takes the
-axes over which images, heads or channels are split, and runs under `shard_map`.
+operations (of those two, their parts); `choice` decides. XLA splits no kernel over a mesh: each
+takes the axes over which images, heads or channels are split, and runs under `shard_map`.
 """
