@@ -12,9 +12,9 @@ from kernel_cases import lower, on, quick_jit
 from test_decode_product import NEEDS_JAX_11, exact, normal
 from test_models import tiny_model
 
-from lasad_jax.models import LASADGen, ModelConfig, decoder
+from lasad_jax.models import SIZES, LASADGen, ModelConfig, decoder, decoder_forms
 from lasad_jax.models.generator import abstract_parameters
-from lasad_jax.ops.kernels import decode_triton
+from lasad_jax.ops.kernels import between_tiling, decode_triton
 from lasad_jax.ops.kernels.between_tiling import (
     CLUSTER,
     COUNTERS,
@@ -148,8 +148,8 @@ def test_whole_steps_are_as_near_to_float32_as_the_plain_form(monkeypatch):
     monkeypatch.setattr(decode_between, "between", interpreted)
     mix = functools.partial(decode_triton.mix, interpret=True)
     monkeypatch.setattr(decode_triton, "mix", mix)
-    monkeypatch.setattr(decoder, "_obstacle", lambda config: None)
-    monkeypatch.setattr(decoder.between_tiling, "obstacle", lambda *sizes: None)
+    monkeypatch.setattr(decoder_forms, "_obstacle", lambda config: None)
+    monkeypatch.setattr(between_tiling, "obstacle", lambda *sizes: None)
     fused = decoded(config, *args, "mosaic")
     plain, fused = (np.linalg.norm(x - truth) / np.linalg.norm(truth) for x in (plain, fused))
     assert plain > 1e-4
@@ -174,30 +174,74 @@ def test_a_layer_on_hopper_is_two_launches():
     assert text.count('name = "decode_mix"') == text.count("@mosaic_gpu_v2") - 1 == 2
 
 
+SMALL = {"num_layers": 1, "width": 256, "num_heads": 4, "ffn_width": 512, "dtype": "bfloat16"}
+
+
+def traced(config, rows, prepared_for, known_rows=None, implementation="auto"):
+    """The jaxpr of reading labels and a step, with weights prepared in the same program."""
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    params = jax.tree.map(shape, nn.unbox(abstract_parameters(config)))
+    integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    def run(params, labels, tokens):
+        weights = decoder.prepare(config, params, prepared_for, known_rows)
+        _, cache = decoder.prefill(config, weights, labels, tokens)
+        return decoder.decode(config, weights, labels, cache, implementation=implementation)
+
+    return str(jax.make_jaxpr(run)(params, integers(rows), integers(rows, 0)))
+
+
+@NEEDS_JAX_11
+def test_auto_takes_it_where_it_can_run(monkeypatch, tmp_path):
+    config = ModelConfig(**SMALL)
+    together = lambda *args: "decode_between" in traced(config, *args)
+    with on("H200"):
+        assert together(64, "auto", 64)
+        # Not known beforehand; other rows than were said; rows that it cannot take.
+        assert not together(64, "auto")
+        assert not together(56, "auto", 64)
+        assert not together(56, "auto", 56)
+        assert together(64, "auto", 128)
+        for changes in ({"local_conv": "off"}, {"dtype": "float32"}, {"ffn_width": 520}):
+            other = dataclasses.replace(config, **changes)
+            assert "decode_between" not in traced(other, 64, "auto", 64)
+        monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
+        assert together(64, "auto", 64)
+        (tmp_path / "control").touch()
+        assert not together(64, "auto", 64)
+        with pytest.raises(ValueError, match="which MPS shares with others; use 'triton'"):
+            traced(config, 64, "mosaic", implementation="mosaic")
+        # Weights are packed before anybody may know.
+        assert not together(64, "mosaic")
+    with on("A100"):
+        assert not together(64, "auto", 64)
+
+
+@pytest.mark.parametrize("size", ["B", "L", "XL"])
+@pytest.mark.parametrize("selective", [False, True])
+def test_the_projection_is_as_wide_as_said(size, selective):
+    sizes = SIZES[size] | {"num_layers": 1, "selective": selective}
+    config = ModelConfig(**sizes, dtype="bfloat16")
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    params = jax.tree.map(shape, nn.unbox(abstract_parameters(config)))
+    weights = jax.eval_shape(functools.partial(decoder.prepare, config), params)
+    assert weights.layers[0].projection.shape[1] == decoder_forms.projection_columns(config)
+
+
 @NEEDS_JAX_11
 def test_what_it_cannot_take_is_refused():
-    config = ModelConfig(num_layers=1, width=256, num_heads=4, ffn_width=512, dtype="bfloat16")
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    config = ModelConfig(**SMALL)
 
-    def decode(rows, implementation="mosaic", **changes):
-        model = dataclasses.replace(config, **changes)
-        params = jax.tree.map(shape, nn.unbox(abstract_parameters(model)))
-        prepare = functools.partial(decoder.prepare, model, implementation=implementation)
-        integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-
-        def run(params, labels, tokens):
-            weights = prepare(params)
-            _, cache = decoder.prefill(model, weights, labels, tokens)
-            return decoder.decode(model, weights, labels, cache, implementation="mosaic")
-
+    def decode(rows, prepared_for="mosaic", **changes):
         with on("H200"):
-            jax.eval_shape(run, params, integers(rows), integers(rows, 0))
+            model = dataclasses.replace(config, **changes)
+            traced(model, rows, prepared_for, implementation="mosaic")
 
     decode(64)
     for rows in (56, 68):
         with pytest.raises(ValueError, match=f"a multiple of 8 rows, at least 64, not {rows}"):
             decode(rows)
-    with pytest.raises(ValueError, match=r"from prepare\(..., implementation='mosaic'\)"):
+    with pytest.raises(ValueError, match="'mosaic' takes weights that were prepared for it"):
         decode(64, "auto")
     with pytest.raises(ValueError, match="bfloat16 and a local convolution, not bfloat16, 'off'"):
         decode(64, local_conv="off")
@@ -217,4 +261,4 @@ def test_products_fit_and_cover(size, gated):
     assert product.rows * product.units <= 128
     assert 1 <= product.slots <= product.steps
     assert rows_in_flight((product, product)) * DEPTH * 2 <= 96 * 1024
-    assert weight_slots((product, product)) >= 2 * product.units
+    assert weight_slots((product, product), 132) >= 2 * product.units

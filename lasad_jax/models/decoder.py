@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Float32, Int, PyTree
 from lasad_jax import ops
 from lasad_jax.models import decoder_mixers as mixers
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.decoder_forms import IMPLEMENTATIONS, resolve_implementation
 from lasad_jax.models.decoder_products import (
     normalise,
     project,
@@ -31,15 +32,21 @@ from lasad_jax.models.decoder_weights import Weights, prepare
 from lasad_jax.models.generator import LASADGen
 from lasad_jax.models.layers import NORM_EPSILON
 from lasad_jax.models.local_conv import NUM_PREFIX
-from lasad_jax.models.mixers import FAMILIES
-from lasad_jax.ops.kernels import between_tiling, choice
+from lasad_jax.ops.kernels import between_tiling
 from lasad_jax.ops.kernels.between_tiling import COUNTERS
 from lasad_jax.ops.passes.local_conv import TAPS, next_token
 from lasad_jax.ops.ring import Ring, start_ring
 
-__all__ = ["IMPLEMENTATIONS", "Cache", "decode", "logits", "prefill", "prepare", "start"]
-
-IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic")
+__all__ = [
+    "IMPLEMENTATIONS",
+    "Cache",
+    "decode",
+    "logits",
+    "prefill",
+    "prepare",
+    "resolve_implementation",
+    "start",
+]
 
 
 @struct.dataclass
@@ -94,37 +101,6 @@ def start(config: ModelConfig, cache: PyTree) -> Cache:
     return Cache(split[0].mixer.index, layers, jnp.zeros(COUNTERS, jnp.int32))
 
 
-def resolve_implementation(config: ModelConfig, implementation: str = "auto") -> str:
-    """The form that "auto" stands for on this device; any other, if it can run.
-
-    Raises:
-      ValueError: for an unknown form, or saying why the named one cannot run.
-    """
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation: {implementation!r} is not one of {IMPLEMENTATIONS}")
-    if implementation == "xla":
-        return implementation
-    obstacle = _obstacle(config)
-    if implementation == "auto":
-        return "triton" if obstacle is None else "xla"
-    if obstacle:
-        raise ValueError(
-            f"implementation: {implementation!r} cannot decode here: {obstacle}; use 'xla'"
-        )
-    return implementation
-
-
-def _obstacle(config: ModelConfig) -> str | None:
-    if config.mixer != "lasad" or config.decay == "manhattan":
-        name = "softmax" if config.mixer == "softmax" else config.decay
-        return f"it decodes single recurrences, not {name!r}"
-    q, v = (
-        jax.ShapeDtypeStruct((1, 1, config.num_heads, size), config.compute_dtype)
-        for size in (config.query_dim, config.value_dim)
-    )
-    return choice.obstacle("triton", q, v, FAMILIES[config.decay], NUM_PREFIX)
-
-
 def decode(
     config: ModelConfig,
     weights: Weights,
@@ -140,9 +116,8 @@ def decode(
       weights: from `prepare`.
       tokens: codes.
       cache: from `start` or `decode`.
-      implementation: "xla" runs anywhere; "triton" is two kernels of the mixers for NVIDIA GPUs,
-        "auto" these where they can run. With both, matrix products are kernels where they can be.
-        "mosaic", for Hopper GPUs, bf16 and a local convolution, is a layer in two launches.
+      implementation: a form (`decoder_forms`), or "auto" for the best that can run, which is
+        "mosaic" if the weights have been prepared for it.
 
     Returns:
       the features, of unit mean square, and the cache after the codes.
@@ -151,7 +126,10 @@ def decode(
       ValueError: as `resolve_implementation`, or for weights, or rows, that "mosaic" cannot take.
     """
     fused = implementation != "xla"
-    form = resolve_implementation(config, implementation)
+    packed = weights.pair == between_tiling.UNIT
+    if implementation == "mosaic" and not packed:
+        raise ValueError("implementation: 'mosaic' takes weights that were prepared for it")
+    form = resolve_implementation(config, implementation, len(tokens) if packed else None)
     x = jnp.take(weights.params["token_embedding"]["embedding"], tokens, axis=0)
     if form == "mosaic":
         x, layers, counters = _layers_in_pairs_of_launches(config, weights, x, cache)
@@ -168,8 +146,6 @@ def decode(
 
 def _layers_in_pairs_of_launches(config, weights, x, cache):
     """The heads of a layer, then all from there to the next layer's heads."""
-    if obstacle := _mosaic_obstacle(config, weights, x):
-        raise ValueError(f"implementation: 'mosaic' cannot decode here: {obstacle}; use 'triton'")
     following = [layer.projection for layer in weights.layers[1:]] + [None]
     projection = project(True, x, weights.layers[0].projection)
     layers, counters = [], cache.counters
@@ -179,16 +155,6 @@ def _layers_in_pairs_of_launches(config, weights, x, cache):
         )
         layers.append(remembered)
     return x, layers, counters
-
-
-def _mosaic_obstacle(config, weights, x):
-    if x.dtype != jnp.bfloat16 or not config.has_local_conv:
-        return f"it takes bfloat16 and a local convolution, not {x.dtype}, {config.local_conv!r}"
-    if weights.pair != between_tiling.UNIT:
-        return "its weights are from prepare(..., implementation='mosaic')"
-    layer = weights.layers[0]
-    others = (layer.out.shape[0], layer.down.shape[0], layer.projection.shape[1])
-    return between_tiling.obstacle(x.shape[0], x.shape[1], others)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,14 +7,12 @@ from jaxtyping import Array, Float, PyTree
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.decoder_forms import projection_columns, resolve_implementation
 from lasad_jax.models.folding import fold
 from lasad_jax.models.mixers import decay_of
 from lasad_jax.models.rope import turn_table
 from lasad_jax.ops.kernels.between_tiling import UNIT
 from lasad_jax.ops.kernels.decode_tiling import PAIR, interleave
-
-# The fused projection is this many columns wide, or a multiple: what matrix products like.
-_COLUMNS = 64
 
 
 @struct.dataclass
@@ -63,11 +61,24 @@ class Weights:
     pair: int = struct.field(pytree_node=False, default=PAIR)
 
 
-def prepare(config: ModelConfig, params: PyTree, implementation: str = "auto") -> Weights:
-    """Weights of the decoder from `LASADGen`'s parameters (unboxed, layers stacked).
+def prepare(
+    config: ModelConfig,
+    params: PyTree,
+    implementation: str = "auto",
+    num_rows: int | None = None,
+) -> Weights:
+    """Weights of the decoder.
 
     Every form of `decode` takes those of any other, but "mosaic" needs its own.
+
+    Args:
+      config, params: of `LASADGen`; unboxed, layers stacked.
+      implementation: the form of `decode` to prepare for.
+      num_rows: that each device will decode at a time, with guidance two for each image. "auto"
+        prepares for "mosaic" only if it knows, and where that form can run.
     """
+    if implementation == "auto":
+        implementation = resolve_implementation(config, "auto", num_rows)
     pair = UNIT if implementation == "mosaic" else PAIR
     exact = lambda x: jnp.asarray(x, jnp.float32)
     turns = None
@@ -93,7 +104,7 @@ def _layer(config: ModelConfig, params: PyTree, exact, pair: int) -> LayerWeight
     gate = mixer.get("decay_gate")
     if gate is not None:
         columns.append(gate["kernel"])
-        missing = -sum(x.shape[1] for x in columns) % _COLUMNS
+        missing = projection_columns(config) - sum(x.shape[1] for x in columns)
         columns.append(jnp.zeros((config.width, missing), config.compute_dtype))
 
     decay = log_factor = None

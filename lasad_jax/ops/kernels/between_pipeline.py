@@ -27,9 +27,9 @@ TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 _TRANSFORMS = (plgpu.TilingTransform((8, UNIT)), plgpu.SwizzleTransform(128))
 
 
-def scratch_types(products: tuple[Product, ...], interpret: bool) -> dict:
+def scratch_types(products: tuple[Product, ...], programs: int, interpret: bool) -> dict:
     """Shared memory and barriers of a program. Interpreted, each loads for itself."""
-    num_slots, most_slots = weight_slots(products), max(p.slots for p in products)
+    num_slots, most_slots = weight_slots(products, programs), max(p.slots for p in products)
     tiles = lambda *shape: plgpu.SMEM(shape, jnp.bfloat16, transforms=_TRANSFORMS)
     barrier = plgpu.Barrier(num_barriers=num_slots)
     clusters = plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=num_slots)
@@ -97,7 +97,8 @@ class Pipeline:
             position, slot = lax.fori_loop(0, num, step, (position, slot))
         _drain(empty, position, slots)
 
-    def load_rows(self, product: Product, source: jax.Ref) -> None:
+    def load_rows(self, product: Product, source: jax.Ref, then=None) -> None:
+        """`then` is called when those of the first tile are on their way."""
         full, empty = self.scratch["x_full"], self.scratch["x_empty"]
 
         def step(i, _):
@@ -111,6 +112,8 @@ class Pipeline:
             first = lax.rem(i, product.steps) * DEPTH
             piece = source.at[pl.ds(row, product.rows), pl.ds(first, DEPTH)]
             plgpu.copy_gmem_to_smem(piece, self._rows(product, slot), full.at[slot])
+            if then is not None:
+                pl.when(i == product.steps - 1)(then)
 
         lax.fori_loop(0, self.tiles(product) * product.steps, step, None)
 
@@ -125,9 +128,10 @@ class Pipeline:
         Args:
           product, result: which, and where it goes.
           slot: of its first piece of the matrix.
-          finish: (*sums), each (UNIT, rows) with a row for each column, to what is rounded.
+          finish: (t, *sums) of this program's tile t, each (UNIT, rows) with a row for each
+            column, to what is rounded.
           begin, after: of a tile, called with its first row and its column in units; `after`
-            with what was rounded before these.
+            with what was rounded before these, and whether it is the last.
 
         Returns:
           the slot after it. The result has been written.
@@ -140,14 +144,14 @@ class Pipeline:
             if begin is not None:
                 begin(row, column)
             sums, slots = self._sums(product, slots)
-            value = finish(*sums).astype(jnp.bfloat16)
+            value = finish(t, *sums).astype(jnp.bfloat16)
             target = self.out(product)
             transposed(target)[...] = plgpu.layout_cast(value, TRANSPOSED)
             plgpu.commit_smem()
             place = result.at[pl.ds(row, product.rows), pl.ds(column * UNIT, UNIT)]
             plgpu.copy_smem_to_gmem(target, place)
             if after is not None:
-                after(value, row, column)
+                after(value, row, column, t == self.tiles(product) - 1)
             return slots
 
         _, slot = lax.fori_loop(0, self.tiles(product), tile, (jnp.int32(0), slot))

@@ -5,6 +5,7 @@ gate and 64 of up, by a number of rows.
 """
 
 import dataclasses
+import os
 
 import jax
 
@@ -15,15 +16,16 @@ UNIT = 64  # columns of a piece of a matrix
 DEPTH = 128  # inputs of a piece of a matrix or of rows
 CLUSTER = 2  # programs, of rows below each other, that share pieces of matrices
 # int32 that programs count each other in: of each phase, in a line of the L2 cache of its own.
-COUNTERS = (5, 32)
+COUNTERS = (6, 32)
 # Devices known to hold a program on each, in clusters, at once: they wait for each other.
 _MULTIPROCESSORS = (132,)
 _CHANNELS = 128  # threads that a row is spread over
 _FEWEST_ROWS, _MULTIPLE = 64, 8  # as for `decode_product`
 _PIECE_BYTES = DEPTH * UNIT * 2
-_ROWS_MEMORY = 96 * 1024  # bytes for rows on their way
+# Bytes for rows on their way: the fewer rows there are, the more it is matrices that must be.
+_ROWS_MEMORY, _OF_FEW, _FEW_ROWS = 96 * 1024, 64 * 1024, 128
 _MOST_SLOTS = 32  # barriers of one kind
-_MOST_ROWS = 128  # what registers hold sums of
+MOST_ROWS = 128  # what registers hold sums of
 _BARRIERS = 8192  # bytes kept for barriers, reductions and alignment
 
 
@@ -58,14 +60,19 @@ class Product:
         """Of a cluster: one for each of its programs."""
         return self.blocks * (self.N // UNIT)
 
+    def most_tiles(self, programs: int) -> int:
+        """Of one of so many programs."""
+        return -(-self.tiles // (programs // CLUSTER))
+
     @property
     def slots(self) -> int:
         """Pieces of rows on their way at once."""
-        return min(_ROWS_MEMORY // (self.rows * DEPTH * 2), self.steps, _MOST_SLOTS)
+        memory = _OF_FEW if self.M <= _FEW_ROWS else _ROWS_MEMORY
+        return min(memory // (self.rows * DEPTH * 2), self.steps, _MOST_SLOTS)
 
     def cost(self, programs: int) -> float:
         """Microseconds, roughly, on an H100 or H200."""
-        rounds = -(-self.tiles // (programs // CLUSTER))
+        rounds = self.most_tiles(programs)
         weights = self.K * UNIT * self.units * 2e-3
         loads = self.K * self.rows * 2e-3 + weights
         read = self.tiles * (CLUSTER * (loads - weights) + weights)
@@ -76,7 +83,7 @@ class Product:
 def best_product(M: int, K: int, N: int, programs: int, *, gated: bool = False) -> Product:
     """The rows that cost least; of equals, the fewest, for which a program waits least."""
     units = 1 + gated
-    ways = [Product(M, K, N, r, units) for r in range(16, _MOST_ROWS // units + 1, 8) if r <= M]
+    ways = [Product(M, K, N, r, units) for r in range(16, MOST_ROWS // units + 1, 8) if r <= M]
     return min(ways, key=lambda product: (product.cost(programs), product.rows))
 
 
@@ -85,11 +92,12 @@ def rows_in_flight(products: tuple[Product, ...]) -> int:
     return max(p.rows * p.slots for p in products)
 
 
-def weight_slots(products: tuple[Product, ...]) -> int:
+def weight_slots(products: tuple[Product, ...], programs: int) -> int:
     """Pieces of matrices that fit beside all else."""
-    width = products[0].N // UNIT
-    rows = max(p.rows for p in products)
-    others = rows_in_flight(products) * DEPTH * 2 + rows * (UNIT * 2 + 4 * (width + 1)) + _BARRIERS
+    rows, width = max(p.rows for p in products), products[0].N // UNIT
+    # A tile on its way out and, for the last product, sums of squares of its rows.
+    others = rows * UNIT * 2 + MOST_ROWS * 4 * (width * products[-1].most_tiles(programs) + 2)
+    others += rows_in_flight(products) * DEPTH * 2 + _BARRIERS
     return min((SHARED_MEMORY - others) // _PIECE_BYTES, _MOST_SLOTS)
 
 
@@ -114,6 +122,8 @@ def obstacle(rows: int, D: int, inputs_and_outputs: tuple[int, ...]) -> str | No
         return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
     if num_programs() not in _MULTIPROCESSORS:
         return f"it takes one of {_MULTIPROCESSORS} multiprocessors, not {num_programs()}"
+    if _shares_its_gpu():
+        return "its programs must have the GPU to themselves, which MPS shares with others"
     if rows < _FEWEST_ROWS or rows % _MULTIPLE:
         return f"it takes a multiple of {_MULTIPLE} rows, at least {_FEWEST_ROWS}, not {rows}"
     if D % _CHANNELS or any(size % UNIT or size < DEPTH for size in inputs_and_outputs):
@@ -122,3 +132,9 @@ def obstacle(rows: int, D: int, inputs_and_outputs: tuple[int, ...]) -> str | No
             f"at least {DEPTH}, not {D} and {inputs_and_outputs}"
         )
     return None
+
+
+def _shares_its_gpu() -> bool:
+    """Whether a control daemon of MPS runs where CUDA looks for it."""
+    folder = os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+    return os.path.exists(os.path.join(folder, "control"))

@@ -15,7 +15,6 @@ B images, D channels, V values of all heads, F hidden channels, E columns of the
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Int
 
 from lasad_jax.ops.kernels import grid_barrier
+from lasad_jax.ops.kernels.between_conv import NormConv, blocks_of_rows
 from lasad_jax.ops.kernels.between_pipeline import TRANSPOSED, Pipeline, scratch_types
 from lasad_jax.ops.kernels.between_tiling import (
     CLUSTER,
+    MOST_ROWS,
     UNIT,
     best_product,
     num_programs,
@@ -35,10 +36,9 @@ from lasad_jax.ops.kernels.between_tiling import (
 from lasad_jax.ops.kernels.mosaic_tiles import COLUMN, TILE, transposed
 
 # What is done of a layer when everybody has signalled it, in this order; then programs leave.
-MIXED, CONVOLVED, HIDDEN, ADDED = PHASES = range(4)
+MIXED, CONVOLVED, HIDDEN, ADDED, SUMMED = PHASES = range(5)
 # Warpgroups of a program.
 _MULTIPLY, _LOAD_ROWS, _LOAD_WEIGHTS = range(3)
-_MOST_ROWS = 8  # that a warpgroup convolves at once
 
 
 @functools.partial(
@@ -105,14 +105,14 @@ def between(
 
 
 def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
-    (M, V), (_, window, D), _, (_, both), last = shapes
+    (M, V), (*_, D), _, (_, both), last = shapes
     programs -= programs % CLUSTER
     sizes = [(V, D, False), (D, both // 2, True), (both // 2, D, False)]
     if last is not None:
         sizes.append((*last, False))
     products = tuple(best_product(M, K, N, programs, gated=gated) for K, N, gated in sizes)
     # Copies of squares are not clipped at the last row.
-    padded = max(p.blocks * CLUSTER * p.rows for p in products)
+    padded = max(p.blocks * CLUSTER * p.rows for p in products) + MOST_ROWS
     bf16, f32 = jnp.bfloat16, jnp.float32
 
     def body(*refs):
@@ -146,80 +146,86 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
             """Those who have nothing to do need not wait."""
             pl.when(pipeline.tiles(product) > 0)(functools.partial(wait, phase))
 
-        def swiglu(gate, up):
+        def swiglu(_, gate, up):
             return gate / (1 + jnp.exp(-gate)) * up
 
-        def add(product, result, slot, residual, squares=None):
-            """residual + x w; into `squares` each row's over the columns of a tile."""
+        def add(product, result, slot, residual, after=None):
+            """residual + x w"""
             target = pipeline.out(product)
 
             def begin(row, column):
                 piece = residual.at[pl.ds(row, product.rows), pl.ds(column * UNIT, UNIT)]
                 plgpu.copy_gmem_to_smem(piece, target, scratch["arrived"])
 
-            def finish(value):
+            def finish(_, value):
                 plgpu.barrier_wait(scratch["arrived"])
                 # As the result is written: each thread reads and writes the same numbers.
                 before = plgpu.load(transposed(target), layout=TRANSPOSED)
                 return value + plgpu.layout_cast(before, TILE).astype(f32)
 
-            def after(value, row, column):
+            return pipeline.multiply(product, result, slot, finish, begin, after)
+
+        def signal_and_square(product):
+            """Signals `ADDED`, then each row's squares over the columns of a tile.
+
+            Nobody needs these before the end of the next product.
+            """
+            pl.when(pipeline.tiles(product) == 0)(functools.partial(signal, ADDED))
+
+            def after(value, row, column, is_last):
+                @pl.when(is_last)
+                def _():
+                    plgpu.wait_smem_to_gmem(0)
+                    signal(ADDED)
+
                 sums = scratch["squares"].at[pl.ds(0, product.rows)]
                 sums[...] = jnp.sum(jnp.square(value.astype(f32)), axis=0)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(sums, squares.at[column, pl.ds(row, product.rows)])
 
-            return pipeline.multiply(
-                product, result, slot, finish, begin, after if squares is not None else None
-            )
+            return after
+
+        def load_squares(product):
+            wait(SUMMED)
+            for t in range(product.most_tiles(programs)):
+
+                @pl.when(t < pipeline.tiles(product))
+                def _(t=t):
+                    row, _ = pipeline.place(product, t)
+                    source = squares.at[:, pl.ds(row, MOST_ROWS)]
+                    plgpu.copy_gmem_to_smem(source, scratch["parts"].at[t], scratch["summed"].at[t])
 
         def project(product, result, slot):
             """Of rows divided by their root mean square."""
-            parts = scratch["parts"]
+            scales = scratch["scales"]
 
-            def begin(row, column):
-                source = squares.at[:, pl.ds(row, product.rows)]
-                plgpu.copy_gmem_to_smem(source, parts, scratch["arrived"])
-
-            def finish(value):
-                plgpu.barrier_wait(scratch["arrived"])
-                total = sum(plgpu.load(parts.at[j], layout=COLUMN) for j in range(D // UNIT))
-                scale = lax.rsqrt(total / D + epsilon)
+            def finish(t, value):
+                plgpu.barrier_wait(scratch["summed"].at[t])
+                # A row for each thread, then as the tile lies.
+                rows = plgpu.Layout.WG_STRIDED((MOST_ROWS,), vec_size=1)
+                parts = scratch["parts"].at[t]
+                total = sum(plgpu.load(parts.at[j], layout=rows) for j in range(D // UNIT))
+                scales[...] = lax.rsqrt(total / D + epsilon)
+                plgpu.commit_smem()
+                scale = plgpu.load(scales.at[pl.ds(0, product.rows)], layout=COLUMN)
                 return value * lax.broadcast_in_dim(scale, value.shape, [1])
 
-            pipeline.multiply(product, result, slot, finish, begin)
+            pipeline.multiply(product, result, slot, finish)
 
         def convolve():
             """A few rows of a program, then as many below all programs' rows."""
-            each = min(pl.next_power_of_2(pl.cdiv(M, programs)), _MOST_ROWS)
-            index = index_ref[0]
-            grid_row, column = (index - 1) // columns, lax.rem(index - 1, columns)
-            for first in range(0, M, each * programs):
+            row_of = functools.partial(
+                NormConv, recent, taps, index_ref[0], offsets, columns, epsilon
+            )
+            for first, each in blocks_of_rows(M, programs):
                 begin = first + each * program
 
                 @pl.when(begin < M)
-                def _(begin=begin, first=first):
-                    rows = [begin + i for i in range(each)]
-                    own, sums = 1 + _load(taps.at[0]), [None] * each
-                    # Neighbours do not wait for the token.
-                    for tap, (below, right) in enumerate(offsets[1:], 1):
-                        inside = (grid_row + below >= 0) & (column + right >= 0)
-                        inside &= column + right < columns
-                        slot = lax.rem(index + below * columns + right, window)
-                        slot = jnp.where(inside, slot, 0)
-                        weight = _load(taps.at[tap]) * inside.astype(f32)
-                        terms = [_load(recent.at[row, slot]) * weight for row in rows]
-                        sums = [b if a is None else a + b for a, b in zip(sums, terms, strict=True)]
+                def _(begin=begin, first=first, each=each):
+                    rows = row_of([begin + i for i in range(each)])
                     if not first:
                         wait(MIXED)
-                    # All loads before the first store, which would hold them up.
-                    values = [_load(middle.at[row]) for row in rows]
-                    squares = [jnp.sum(jnp.square(value)) for value in values]
-                    for row, value, square, total in zip(rows, values, squares, sums, strict=True):
-                        value = (value * lax.rsqrt(square / D + epsilon)).astype(bf16)
-                        # The oldest neighbour lies where the newest will, in the same threads.
-                        recent.at[row, lax.rem(index, window)][...] = value
-                        y.at[row][...] = (value.astype(f32) * own + total).astype(bf16)
+                    rows.finish(middle, y)
 
         @pl.when(warpgroup == _LOAD_WEIGHTS)
         def _():
@@ -236,7 +242,8 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
             ):
                 pipeline.rows_are_taken(before)
                 wait_for(product, phase)
-                pipeline.load_rows(product, source)
+                then = functools.partial(load_squares, product) if phase == ADDED else None
+                pipeline.load_rows(product, source, then)
             pipeline.rows_are_taken(products[-1])
 
         @pl.when(warpgroup == _MULTIPLY)
@@ -248,10 +255,9 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
             signal(HIDDEN)
             # Also for itself: another warpgroup's waiting is none of this one's.
             wait_for(down, CONVOLVED)
-            slot = add(down, added, slot, middle, squares)
-            signal(ADDED)
+            slot = add(down, added, slot, middle, signal_and_square(down))
+            signal(SUMMED)
             for product in following:
-                wait_for(product, ADDED)
                 project(product, projected, slot)
             if not interpret:
                 grid_barrier.leave(counters, programs)
@@ -264,12 +270,16 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
         like((M, both // 2), bf16),  # hidden
         like((D // UNIT, padded), f32),  # squares of x
     ]
-    scratch_of = scratch_types(products, interpret)
-    scratch_of["squares"] = plgpu.SMEM((max(p.rows for p in products),), f32)
+    scratch_of = scratch_types(products, programs, interpret)
+    scratch_of["squares"] = plgpu.SMEM((products[2].rows,), f32)
     scratch_of["arrived"] = plgpu.Barrier()
     if last is not None:
         out_types.append(like((M, last[1]), bf16))
-        scratch_of["parts"] = plgpu.SMEM((D // UNIT, products[3].rows), f32)
+        scratch_of["parts"] = plgpu.SMEM(
+            (products[3].most_tiles(programs), D // UNIT, MOST_ROWS), f32
+        )
+        scratch_of["scales"] = plgpu.SMEM((MOST_ROWS,), f32)
+        scratch_of["summed"] = plgpu.Barrier(num_barriers=products[3].most_tiles(programs))
     axes = {"grid": (programs // CLUSTER,), "grid_names": ("cluster",)}
     axes |= {"cluster": (CLUSTER,), "cluster_names": ("rank",)}
     if interpret:
@@ -288,10 +298,3 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **axes,
     )
-
-
-def _load(ref):
-    """A row of numbers, spread over a warpgroup, in float32."""
-    (width,) = ref.shape
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=math.gcd(width // 128, 8))
-    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)

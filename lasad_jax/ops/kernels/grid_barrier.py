@@ -1,7 +1,8 @@
 """Waiting for other programs of the same launch, through counters in global memory (Mosaic GPU).
 
 Every program must be on a multiprocessor at once, or who waits holds the place of whom it waits
-for. Counters are zero when a launch begins, and zero again when it has ended.
+for: an error after about ten seconds, as when two processes share a GPU under MPS and each holds
+a part of it. Counters are zero when a launch begins, and zero again when it has ended.
 """
 
 import jax
@@ -9,6 +10,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _REF = plgpu.RefType()
+_MOST_POLLS = 1 << 25  # about ten seconds
 
 
 def signal(counter: jax.Ref) -> None:
@@ -33,8 +35,17 @@ def wait(counter: jax.Ref, count: int) -> None:
 
     @plgpu.inline_mgpu(arg_types=(_REF,))
     def spin(_, counter):
-        pointer = mgpu.memref_ptr(counter)
-        mgpu.SemaphoreRef(pointer).wait(count, decrement=False, memory_scope="gpu")
+        mgpu.inline_ptx(
+            "{ .reg .pred done; .reg .b32 seen, polls; mov.b32 polls, 0; @!$1 bra released;"
+            "poll: ld.relaxed.gpu.global.b32 seen, [$0];"
+            f"setp.ge.u32 done, seen, {count}; @done bra acquired;"
+            f"add.u32 polls, polls, 1; setp.lt.u32 done, polls, {_MOST_POLLS}; @done bra poll;"
+            "trap; acquired: fence.acquire.gpu; released: }",
+            mgpu.memref_ptr(counter),
+            mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP),
+            has_side_effects=True,
+        )
+        mgpu.warpgroup_barrier()
         _order_bulk_copies()
 
     spin(counter)
