@@ -12,7 +12,7 @@ from test_models import tiny_model
 from lasad_jax.config import MeshConfig, SamplingConfig
 from lasad_jax.models import LASADGen
 from lasad_jax.models.decoder import prepare
-from lasad_jax.sampling.decode import balanced_labels, generate, sample_tokens
+from lasad_jax.sampling.decode import balanced_labels, generate, sample_batches, sample_tokens
 from lasad_jax.sampling.guidance import guidance_scale, guide
 from lasad_jax.training.sharding import make_mesh
 
@@ -81,6 +81,25 @@ def test_images_depend_on_seed_and_number_alone():
     np.testing.assert_array_equal(run(0, make_mesh(MeshConfig()), 10), reference)
     assert not np.array_equal(run(1, ONE, 10), reference)
     assert len(np.unique(reference, axis=0)) == 10
+
+
+def test_the_next_batch_is_under_way_while_one_is_taken():
+    config, variables, _, _ = tiny_model(num_layers=1)
+    labels, asked = balanced_labels(8, 3), []
+
+    def batches():
+        for first in range(0, 8, 3):
+            asked.append(first)
+            yield np.arange(first, min(first + 3, 8))
+
+    options = {"sampling": SamplingConfig(), "seed": 0, "mesh": ONE, "batch_size": 3}
+    options["params"] = variables["params"]
+    taken = []
+    for numbers, tokens in sample_batches(config, labels=labels, batches=batches(), **options):
+        taken.append((len(asked), numbers.tolist()))
+        assert tokens.shape == (len(numbers), config.num_tokens)
+    assert taken == [(2, [0, 1, 2]), (3, [3, 4, 5]), (3, [6, 7])]
+    assert not list(sample_batches(config, labels=labels, batches=[], **options))
 
 
 def test_balanced_labels():

@@ -193,10 +193,21 @@ def sample_batches(
         filled = np.pad(numbers, (0, size - len(numbers)), mode="edge")
         of_images = jax.device_put((labels[filled], filled, given[filled]), rows)
         tokens = _generate_everywhere(model_config, sampling, mesh, weights, base_key, *of_images)
-        tokens = jax.device_put(tokens, whole)
-        return numbers, np.asarray(tokens)[: len(numbers)]
+        return numbers, jax.device_put(tokens, whole)
 
-    return map(draw_batch, batches)
+    return _fetched(map(draw_batch, batches))
+
+
+def _fetched(
+    drawn: Iterator[tuple[Int[np.ndarray, " b"], Int[Array, "size N"]]],
+) -> Iterator[tuple[Int[np.ndarray, " b"], Int[np.ndarray, "b N"]]]:
+    """Batches on the host, while the devices draw the next one."""
+    fetch = lambda numbers, tokens: (numbers, np.asarray(tokens)[: len(numbers)])
+    waiting = next(drawn, None)
+    while waiting is not None:
+        following = next(drawn, None)
+        yield fetch(*waiting)
+        waiting = following
 
 
 def lower_programs(
