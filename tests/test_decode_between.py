@@ -23,6 +23,7 @@ from lasad_jax.ops.kernels.between_tiling import (
     best_product,
     rows_in_flight,
     weight_slots,
+    whole_rows,
 )
 from lasad_jax.ops.kernels.decode_tiling import interleave
 from lasad_jax.ops.passes.local_conv import TAPS, next_token, num_recent
@@ -73,19 +74,22 @@ def assert_near(got, want):
 
 @NEEDS_JAX_11
 @pytest.mark.parametrize(
-    ("rows", "sizes", "columns", "programs"),
+    ("images", "sizes", "columns", "programs"),
     [
-        (72, (128, 128, 128, 192), 3, 3),  # rows are no multiple of a tile; tiles taken by turns
+        (2, (128, 128, 128, 192), 4, 2),  # fewer than a tile
+        (3, (128, 128, 2560, 192), 4, 4),  # more inputs than shared memory holds at once
+        (67, (128, 128, 128, 192), 3, 3),  # rows are no multiple of a tile; tiles taken by turns
         (64, (192, 128, 192, 128), 5, 7),  # most programs have nothing to do
         (136, (192, 128, 128, None), 1, 6),  # the last layer
     ],
 )
-def test_token_by_token(rows, sizes, columns, programs):
+def test_token_by_token(images, sizes, columns, programs):
     """Through the ring of recent inputs and around its end. Nothing is read too early or late."""
     weights = random_weights(*sizes)
     V, D = weights["out"].shape
     window = num_recent(columns)
-    recent, counters = normal(rows, window, D), jnp.zeros(COUNTERS, jnp.int32)
+    recent, counters = normal(images, window, D), jnp.zeros(COUNTERS, jnp.int32)
+    rows = whole_rows(images)
     run = functools.partial(
         between,
         **weights,
@@ -97,7 +101,7 @@ def test_token_by_token(rows, sizes, columns, programs):
     )
     for index in (1, window, 2 * window + 1):
         mixed, x = normal(rows, V), normal(rows, D)
-        want = oracle(mixed, x, recent, index, weights, columns)
+        want = oracle(mixed[:images], x[:images], recent, index, weights, columns)
         # Beyond the end of an array bulk copies read zeros.
         how = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="zero")
         with plgpu.force_gpu_interpret_mode(how):
@@ -109,7 +113,7 @@ def test_token_by_token(rows, sizes, columns, programs):
         for one, other in zip(got, want, strict=True):
             assert (one is None) == (other is None)
             if one is not None:
-                assert_near(one, other)
+                assert_near(one[:images], other)
     assert not counters.any()
 
 
@@ -131,13 +135,14 @@ def decoded(config, variables, tokens, labels, implementation, packing=None):
 
 
 @NEEDS_JAX_11
-def test_whole_steps_are_as_near_to_float32_as_the_plain_form(monkeypatch):
+@pytest.mark.parametrize("images", [3, 64])
+def test_whole_steps_are_as_near_to_float32_as_the_plain_form(images, monkeypatch):
     from lasad_jax.ops.kernels import decode_between
 
     sizes = {"width": 128, "num_heads": 2, "key_dim": 16, "ffn_width": 128}
     config, variables, _, _ = tiny_model(dtype="bfloat16", grid=(2, 2), **sizes)
-    tokens = RNG.integers(0, config.vocab_size, (64, config.num_tokens))
-    labels = RNG.integers(0, config.num_classes, 64)
+    tokens = RNG.integers(0, config.vocab_size, (images, config.num_tokens))
+    labels = RNG.integers(0, config.num_classes, images)
     args = variables, tokens, labels
     truth = decoded(dataclasses.replace(config, dtype="float32"), *args, "xla")
     plain = decoded(config, *args, "xla")
@@ -177,14 +182,14 @@ def test_a_layer_on_hopper_is_two_launches():
 SMALL = {"num_layers": 1, "width": 256, "num_heads": 4, "ffn_width": 512, "dtype": "bfloat16"}
 
 
-def traced(config, rows, prepared_for, known_rows=None, implementation="auto"):
+def traced(config, rows, prepared_for="auto", implementation="auto"):
     """The jaxpr of reading labels and a step, with weights prepared in the same program."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     params = jax.tree.map(shape, nn.unbox(abstract_parameters(config)))
     integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
 
     def run(params, labels, tokens):
-        weights = decoder.prepare(config, params, prepared_for, known_rows)
+        weights = decoder.prepare(config, params, prepared_for)
         _, cache = decoder.prefill(config, weights, labels, tokens)
         return decoder.decode(config, weights, labels, cache, implementation=implementation)
 
@@ -196,25 +201,25 @@ def test_auto_takes_it_where_it_can_run(monkeypatch, tmp_path):
     config = ModelConfig(**SMALL)
     together = lambda *args: "decode_between" in traced(config, *args)
     with on("H200"):
-        assert together(64, "auto", 64)
-        # Not known beforehand; other rows than were said; rows that it cannot take.
-        assert not together(64, "auto")
-        assert not together(56, "auto", 64)
-        assert not together(56, "auto", 56)
-        assert together(64, "auto", 128)
+        for rows in (64, 67, 512):
+            assert together(rows)
+        for rows in (2, 56, 520):
+            assert not together(rows)
+        for rows in (1, 2, 56):
+            assert "decode_between" in traced(config, rows, "mosaic", "mosaic")
+        assert not together(64, "triton")
         for changes in ({"local_conv": "off"}, {"dtype": "float32"}, {"ffn_width": 520}):
-            other = dataclasses.replace(config, **changes)
-            assert "decode_between" not in traced(other, 64, "auto", 64)
+            assert "decode_between" not in traced(dataclasses.replace(config, **changes), 64)
         monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
-        assert together(64, "auto", 64)
+        assert together(64)
         (tmp_path / "control").touch()
-        assert not together(64, "auto", 64)
-        with pytest.raises(ValueError, match="which MPS shares with others; use 'triton'"):
-            traced(config, 64, "mosaic", implementation="mosaic")
-        # Weights are packed before anybody may know.
+        assert not together(64)
         assert not together(64, "mosaic")
+        with pytest.raises(ValueError, match="which MPS shares with others; use 'triton'"):
+            traced(config, 64, "mosaic", "mosaic")
     with on("A100"):
-        assert not together(64, "auto", 64)
+        assert not together(64)
+        assert not together(64, "mosaic")
 
 
 @pytest.mark.parametrize("size", ["B", "L", "XL"])
@@ -235,14 +240,13 @@ def test_what_it_cannot_take_is_refused():
     def decode(rows, prepared_for="mosaic", **changes):
         with on("H200"):
             model = dataclasses.replace(config, **changes)
-            traced(model, rows, prepared_for, implementation="mosaic")
+            traced(model, rows, prepared_for, "mosaic")
 
     decode(64)
-    for rows in (56, 68):
-        with pytest.raises(ValueError, match=f"a multiple of 8 rows, at least 64, not {rows}"):
-            decode(rows)
+    with pytest.raises(ValueError, match="at most 512 rows, not 520"):
+        decode(520)
     with pytest.raises(ValueError, match="'mosaic' takes weights that were prepared for it"):
-        decode(64, "auto")
+        decode(64, "triton")
     with pytest.raises(ValueError, match="bfloat16 and a local convolution, not bfloat16, 'off'"):
         decode(64, local_conv="off")
     with pytest.raises(ValueError, match=r"multiples of 64, at least 128, not 256 and .*520"):

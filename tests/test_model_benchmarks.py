@@ -202,16 +202,14 @@ def test_sampling_table_and_files(run_main, tmp_path, monkeypatch):
     assert [row["case"] for row in found["rows"]] == ["tiny:2x2x3"] * 2 + ["tiny:1x3x5"] * 2
     speed = max(found["copy_bytes_per_second"].values())
     for row, (batch, tokens) in zip(found["rows"], [(2, 6)] * 2 + [(1, 15)] * 2, strict=True):
-        case = GeneratorCase.parse(row["case"])
-        config = case.model(row["mixer"], vocab_size=64)
+        config = GeneratorCase.parse(row["case"]).model(row["mixer"], vocab_size=64)
         assert row["floor_bytes"] == counts.read_per_token(config, 2 * batch)
         floor = sum(row["floor_bytes"].values()) / speed
         assert row["floor_seconds"] == pytest.approx(floor)
         assert row["seconds_per_token"] == pytest.approx(row["seconds"] / tokens)
         assert row["images_per_second"] == pytest.approx(batch / row["seconds"])
         assert row["over_floor"] == pytest.approx(row["seconds"] / tokens / floor)
-        make = functools.partial(sample_rows._make_weights, case, config)
-        weights = jax.eval_shape(make)
+        weights = jax.eval_shape(lambda config=config: sample_rows._make_weights(config))
         held = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
         assert row["memory_bytes"] > max(held, 3 * row["parameters"])
     assert ["over_llamagen" in row for row in found["rows"]] == [True, True, False, False]

@@ -92,7 +92,7 @@ def _trained(case: GeneratorCase, mixer: str) -> PyTree:
 
 def _last_logits(config: ModelConfig, params: PyTree, batch: int) -> dict[str, Float[Array, "B V"]]:
     """Logits of the last code by the plain path, the fast one, and the plain one in float32."""
-    weights = jax.jit(functools.partial(decoding.prepare, config, num_rows=batch))(params)
+    weights = jax.jit(functools.partial(decoding.prepare, config))(params)
     images = random_batch(config, batch, _STEPS)
     paths = {
         "plain": (_read_plain, params),

@@ -36,9 +36,9 @@ def begin(
     return decoder.logits(weights, features), cache
 
 
-def prepare(config: ModelConfig, params: PyTree, num_rows: int) -> Weights:
-    """The decoder's weights, for the form that is asked for and so many rows."""
-    return decoder.prepare(config, params, DECODER.value, num_rows=num_rows)
+def prepare(config: ModelConfig, params: PyTree) -> Weights:
+    """The decoder's weights, for the form that is asked for."""
+    return decoder.prepare(config, params, DECODER.value)
 
 
 def step(

@@ -126,10 +126,11 @@ def decode(
       ValueError: as `resolve_implementation`, or for weights, or rows, that "mosaic" cannot take.
     """
     fused = implementation != "xla"
-    packed = weights.pair == between_tiling.UNIT
-    if implementation == "mosaic" and not packed:
-        raise ValueError("implementation: 'mosaic' takes weights that were prepared for it")
-    form = resolve_implementation(config, implementation, len(tokens) if packed else None)
+    form = resolve_implementation(config, implementation, len(tokens))
+    if form == "mosaic" and weights.pair != between_tiling.UNIT:
+        if implementation == "mosaic":
+            raise ValueError("implementation: 'mosaic' takes weights that were prepared for it")
+        form = "triton"
     x = jnp.take(weights.params["token_embedding"]["embedding"], tokens, axis=0)
     if form == "mosaic":
         x, layers, counters = _layers_in_pairs_of_launches(config, weights, x, cache)
@@ -147,6 +148,8 @@ def decode(
 def _layers_in_pairs_of_launches(config, weights, x, cache):
     """The heads of a layer, then all from there to the next layer's heads."""
     following = [layer.projection for layer in weights.layers[1:]] + [None]
+    missing = between_tiling.whole_rows(len(x)) - len(x)
+    x = jnp.pad(x, ((0, missing), (0, 0)))
     projection = project(True, x, weights.layers[0].projection)
     layers, counters = [], cache.counters
     for layer, after, remembered in zip(weights.layers, following, cache.layers, strict=True):
@@ -154,7 +157,7 @@ def _layers_in_pairs_of_launches(config, weights, x, cache):
             config, layer, after, weights.turns, x, projection, remembered, cache.index, counters
         )
         layers.append(remembered)
-    return x, layers, counters
+    return x[: len(x) - missing], layers, counters
 
 
 @functools.partial(jax.jit, static_argnums=0)

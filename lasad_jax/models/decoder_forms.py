@@ -20,6 +20,8 @@ from lasad_jax.ops.kernels import between_tiling, choice
 IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic")
 # The joint projection is this many columns wide, or a multiple: what matrix products like.
 _COLUMNS = 64
+# Below, "mosaic" is only taken if asked for: it has not been measured at all sizes.
+_FEWEST_ROWS = 64
 
 
 def resolve_implementation(
@@ -30,8 +32,8 @@ def resolve_implementation(
     Args:
       config: the generator's.
       implementation: one of `IMPLEMENTATIONS`.
-      num_rows: that the device decodes at a time; None if that is not known, for which "auto"
-        is never "mosaic".
+      num_rows: that the device decodes at a time, with guidance two for each image; None for
+        as many as suit.
 
     Raises:
       ValueError: for an unknown form, or saying why the named one cannot run.
@@ -44,13 +46,14 @@ def resolve_implementation(
     if implementation == "auto":
         if mixers is not None:
             return "xla"
-        together = num_rows is not None and _obstacle_between(config, num_rows) is None
-        return "mosaic" if together else "triton"
+        if num_rows is not None and num_rows < _FEWEST_ROWS:
+            return "triton"
+        return "triton" if _obstacle_between(config, num_rows) else "mosaic"
     if mixers:
         raise ValueError(
             f"implementation: {implementation!r} cannot decode here: {mixers}; use 'xla'"
         )
-    if implementation == "mosaic" and num_rows and (why := _obstacle_between(config, num_rows)):
+    if implementation == "mosaic" and (why := _obstacle_between(config, num_rows)):
         raise ValueError(f"implementation: 'mosaic' cannot decode here: {why}; use 'triton'")
     return implementation
 
@@ -74,7 +77,7 @@ def _obstacle(config: ModelConfig) -> str | None:
     return choice.obstacle("triton", q, v, FAMILIES[config.decay], NUM_PREFIX)
 
 
-def _obstacle_between(config: ModelConfig, num_rows: int) -> str | None:
+def _obstacle_between(config: ModelConfig, num_rows: int | None) -> str | None:
     dtype = config.compute_dtype
     if dtype != jnp.bfloat16 or not config.has_local_conv:
         return f"it takes bfloat16 and a local convolution, not {dtype}, {config.local_conv!r}"

@@ -61,24 +61,17 @@ class Weights:
     pair: int = struct.field(pytree_node=False, default=PAIR)
 
 
-def prepare(
-    config: ModelConfig,
-    params: PyTree,
-    implementation: str = "auto",
-    num_rows: int | None = None,
-) -> Weights:
+def prepare(config: ModelConfig, params: PyTree, implementation: str = "auto") -> Weights:
     """Weights of the decoder.
 
     Every form of `decode` takes those of any other, but "mosaic" needs its own.
 
     Args:
       config, params: of `LASADGen`; unboxed, layers stacked.
-      implementation: the form of `decode` to prepare for.
-      num_rows: that each device will decode at a time, with guidance two for each image. "auto"
-        prepares for "mosaic" only if it knows, and where that form can run.
+      implementation: the form of `decode` to prepare for; "auto" is that for this device.
     """
     if implementation == "auto":
-        implementation = resolve_implementation(config, "auto", num_rows)
+        implementation = resolve_implementation(config)
     pair = UNIT if implementation == "mosaic" else PAIR
     exact = lambda x: jnp.asarray(x, jnp.float32)
     turns = None

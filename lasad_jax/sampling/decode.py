@@ -103,11 +103,7 @@ def _generate_everywhere(model_config, sampling, mesh, weights, base_key, labels
     )(weights, base_key, labels, numbers, given)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _prepare(model_config, sampling, mesh, size, params) -> Weights:
-    """For batches of `size` images over all devices."""
-    num_rows = size // mesh.size * (1 if sampling.guidance == 1 else 2)
-    return decoder.prepare(model_config, params, num_rows=num_rows)
+_prepare = jax.jit(decoder.prepare, static_argnums=0)
 
 
 def balanced_labels(num: int, num_classes: int) -> Int[np.ndarray, " num"]:
@@ -185,7 +181,7 @@ def sample_batches(
     _check(model_config, labels, given)
     size = _batch_rows(mesh, batch_size, len(labels))
     rows, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), replicated(mesh)
-    weights = _prepare(model_config, sampling, mesh, size, jax.device_put(params, whole))
+    weights = _prepare(model_config, jax.device_put(params, whole))
     base_key = jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), whole)
 
     def draw_batch(numbers):
@@ -237,7 +233,7 @@ def lower_programs(
     numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
     given = jax.ShapeDtypeStruct((size, 0), jnp.int32)
     base_key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    prepare = _prepare.lower(model_config, sampling, mesh, size, place(params, whole))
+    prepare = _prepare.lower(model_config, place(params, whole))
     shared = place((prepare.out_info, base_key), whole)
     of_images = place((numbers, numbers, given), rows)
     return prepare, _generate_everywhere.lower(model_config, sampling, mesh, *shared, *of_images)

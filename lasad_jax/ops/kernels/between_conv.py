@@ -11,10 +11,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 _MOST_ROWS = 8  # at once
 
 
-def blocks_of_rows(M: int, programs: int) -> list[tuple[int, int]]:
+def blocks_of_rows(num_rows: int, programs: int) -> list[tuple[int, int]]:
     """(first, each) of every turn: program p takes `each` rows from first + each * p on."""
-    each = min(pl.next_power_of_2(pl.cdiv(M, programs)), _MOST_ROWS)
-    return [(first, each) for first in range(0, M, each * programs)]
+    each = min(pl.next_power_of_2(pl.cdiv(num_rows, programs)), _MOST_ROWS)
+    return [(first, each) for first in range(0, num_rows, each * programs)]
 
 
 class NormConv:

@@ -20,7 +20,8 @@ COUNTERS = (6, 32)
 # Devices known to hold a program on each, in clusters, at once: they wait for each other.
 _MULTIPROCESSORS = (132,)
 _CHANNELS = 128  # threads that a row is spread over
-_FEWEST_ROWS, _MULTIPLE = 64, 8  # as for `decode_product`
+_FEWEST_ROWS, _MULTIPLE = 16, 8  # of a tile
+_MOST_IMAGES = 512  # rows beyond which products take most of the time
 _PIECE_BYTES = DEPTH * UNIT * 2
 # Bytes for rows on their way: the fewer rows there are, the more it is matrices that must be.
 _ROWS_MEMORY, _OF_FEW, _FEW_ROWS = 96 * 1024, 64 * 1024, 128
@@ -83,7 +84,11 @@ class Product:
 def best_product(M: int, K: int, N: int, programs: int, *, gated: bool = False) -> Product:
     """The rows that cost least; of equals, the fewest, for which a program waits least."""
     units = 1 + gated
-    ways = [Product(M, K, N, r, units) for r in range(16, MOST_ROWS // units + 1, 8) if r <= M]
+    ways = [
+        Product(M, K, N, r, units)
+        for r in range(_FEWEST_ROWS, MOST_ROWS // units + 1, _MULTIPLE)
+        if r <= M
+    ]
     return min(ways, key=lambda product: (product.cost(programs), product.rows))
 
 
@@ -109,10 +114,16 @@ def num_programs() -> int | None:
     return getattr(jax.devices()[0], "core_count", None)
 
 
-def obstacle(rows: int, D: int, inputs_and_outputs: tuple[int, ...]) -> str | None:
-    """Why a layer of D channels cannot run on this device in bf16; None if it can.
+def whole_rows(num_images: int) -> int:
+    """As many rows as images, filled up to what tiles can be made of."""
+    return max(num_images + -num_images % _MULTIPLE, _FEWEST_ROWS)
+
+
+def obstacle(num_images: int | None, D: int, inputs_and_outputs: tuple[int, ...]) -> str | None:
+    """Why a layer of D channels cannot run, or not well, on this device in bf16; None if it can.
 
     Args:
+      num_images: rows; None for as many as suit.
       inputs_and_outputs: other sizes that matrices of the layer have.
     """
     where = device()
@@ -124,8 +135,8 @@ def obstacle(rows: int, D: int, inputs_and_outputs: tuple[int, ...]) -> str | No
         return f"it takes one of {_MULTIPROCESSORS} multiprocessors, not {num_programs()}"
     if _shares_its_gpu():
         return "its programs must have the GPU to themselves, which MPS shares with others"
-    if rows < _FEWEST_ROWS or rows % _MULTIPLE:
-        return f"it takes a multiple of {_MULTIPLE} rows, at least {_FEWEST_ROWS}, not {rows}"
+    if num_images is not None and num_images > _MOST_IMAGES:
+        return f"it takes at most {_MOST_IMAGES} rows, not {num_images}"
     if D % _CHANNELS or any(size % UNIT or size < DEPTH for size in inputs_and_outputs):
         return (
             f"it takes a width that is a multiple of {_CHANNELS} and other multiples of {UNIT}, "

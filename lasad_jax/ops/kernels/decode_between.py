@@ -11,7 +11,8 @@ its tiles (`between_tiling`) of a phase as soon as all programs are done with th
 shared memory reaches, over phases. Tensor cores take their pieces as the left operand and rows as
 the right one, so that a tile may have any multiple of eight rows.
 
-B images, D channels, V values of all heads, F hidden channels, E columns of the projection.
+B images in M rows, D channels, V values of all heads, F hidden channels, E columns of the
+projection.
 """
 
 import functools
@@ -45,8 +46,8 @@ _MULTIPLY, _LOAD_ROWS, _LOAD_WEIGHTS = range(3)
     jax.jit, static_argnames=("offsets", "columns", "epsilon", "programs", "interpret")
 )
 def between(
-    mixed: BFloat16[Array, "B V"],
-    x: BFloat16[Array, "B D"],
+    mixed: BFloat16[Array, "M V"],
+    x: BFloat16[Array, "M D"],
     recent: BFloat16[Array, "B W D"],
     index: Int[Array, ""],
     counters: Int[Array, "counters stride"],
@@ -62,15 +63,16 @@ def between(
     programs: int | None = None,
     interpret: bool = False,
 ) -> tuple[
-    BFloat16[Array, "B D"],
-    BFloat16[Array, "B E"] | None,
+    BFloat16[Array, "M D"],
+    BFloat16[Array, "M E"] | None,
     BFloat16[Array, "B W D"],
     Int[Array, "counters stride"],
 ]:
     """From the output of a layer's heads to the next layer's projection.
 
     Args:
-      mixed: gated output of all heads, of a token after `index` others.
+      mixed: gated output of all heads, of a token after `index` others. M is `whole_rows(B)` of
+        `between_tiling`: what rows beyond the images hold, here and in the results, means nothing.
       x: the residual stream before the mixer.
       recent: ring of the newest inputs of the convolution, slot i % W for token i; updated
         in place.
@@ -105,7 +107,7 @@ def between(
 
 
 def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
-    (M, V), (*_, D), _, (_, both), last = shapes
+    (M, V), (B, _, D), _, (_, both), last = shapes
     programs -= programs % CLUSTER
     sizes = [(V, D, False), (D, both // 2, True), (both // 2, D, False)]
     if last is not None:
@@ -217,12 +219,13 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
             row_of = functools.partial(
                 NormConv, recent, taps, index_ref[0], offsets, columns, epsilon
             )
-            for first, each in blocks_of_rows(M, programs):
+            for first, each in blocks_of_rows(B, programs):
                 begin = first + each * program
 
-                @pl.when(begin < M)
+                @pl.when(begin < B)
                 def _(begin=begin, first=first, each=each):
-                    rows = row_of([begin + i for i in range(each)])
+                    # The last image again for images that do not exist.
+                    rows = row_of([jnp.minimum(begin + i, B - 1) for i in range(each)])
                     if not first:
                         wait(MIXED)
                     rows.finish(middle, y)

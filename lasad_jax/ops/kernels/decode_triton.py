@@ -37,7 +37,8 @@ def mix(
 
     Args:
       ring: updated in place.
-      projection: [q | k | v | out_gate] of one head after the other, then the decay gates.
+      projection: [q | k | v | out_gate] of one head after the other, then the decay gates. Rows
+        beyond the ring's are not read, and as many of the result not written.
       index: number of tokens before this one, the one prefix token included.
       log_factor: log-factor of the step to each place, without the content gate.
       turns: for each token, what RoPE multiplies a head and its swapped pairs by.
@@ -57,7 +58,7 @@ def mix(
         num_warps = max(1, key_dim * value_dim * ring.memory.dtype.itemsize // 8192)
     per_head = lambda x: pl.BlockSpec((None, None, *x.shape[2:]), _at_head(x.ndim - 2))
     whole = lambda x: pl.BlockSpec(x.shape, lambda b, h: (0,) * x.ndim)
-    out = jax.ShapeDtypeStruct((batch, num_heads, value_dim), projection.dtype)
+    out = jax.ShapeDtypeStruct((len(projection), num_heads, value_dim), projection.dtype)
     tables = (log_factor, turns, gate_bias)
     dot = product(ring.recent_k.dtype, interpret)
     functions = Instructions(interpret)
