@@ -135,14 +135,14 @@ def decoded(config, variables, tokens, labels, implementation, packing=None):
 
 
 @NEEDS_JAX_11
-@pytest.mark.parametrize("images", [3, 64])
-def test_whole_steps_are_as_near_to_float32_as_the_plain_form(images, monkeypatch):
+def test_whole_steps_are_as_near_to_float32_as_the_plain_form(monkeypatch):
     from lasad_jax.ops.kernels import decode_between
 
     sizes = {"width": 128, "num_heads": 2, "key_dim": 16, "ffn_width": 128}
     config, variables, _, _ = tiny_model(dtype="bfloat16", grid=(2, 2), **sizes)
-    tokens = RNG.integers(0, config.vocab_size, (images, config.num_tokens))
-    labels = RNG.integers(0, config.num_classes, images)
+    # Images that fill no tile.
+    tokens = RNG.integers(0, config.vocab_size, (61, config.num_tokens))
+    labels = RNG.integers(0, config.num_classes, 61)
     args = variables, tokens, labels
     truth = decoded(dataclasses.replace(config, dtype="float32"), *args, "xla")
     plain = decoded(config, *args, "xla")
