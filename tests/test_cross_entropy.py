@@ -159,7 +159,7 @@ TOLERANCES = {jnp.float32: 2e-6, jnp.bfloat16: 8e-3, jnp.float16: 1e-3}
 # Parts of all 5 tokens; of 2, 2 and 1; of one.
 @pytest.mark.parametrize(("most", "parts"), [(2**28, [5]), (2 * 3 * 37, [2, 2, 1]), (1, [1] * 5)])
 def test_losses_and_gradients_of_the_head(most, parts, dtype, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "_MAX_LOGITS", most)
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", most)
     args = head_inputs(3, 5, 16, 37, dtype)
     sizes = [len(range(5)[part]) for part in cross_entropy._parts(3, 5, 37)]
     assert sizes == parts
@@ -201,7 +201,7 @@ def test_float16_gradients_do_not_underflow():
 
 def test_lowers_to_one_launch_for_each_part_without_float32_logits(monkeypatch):
     batch, num_tokens, width, vocab_size = 8, 24, 32, 16384
-    monkeypatch.setattr(cross_entropy, "_MAX_LOGITS", batch * 10 * vocab_size)
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", batch * 10 * vocab_size)
     shape = jax.ShapeDtypeStruct
     for device, launches in (("H200", 3), ("A100", 3), ("v5e", 0)):
         for dtype, name in ((jnp.bfloat16, "bf16"), (jnp.float16, "f16")):
@@ -241,7 +241,7 @@ def interpret_on_gpu(monkeypatch):
 )
 def test_each_device_takes_its_own_rows(sizes, batch, shapes, monkeypatch):
     seen = interpret_on_gpu(monkeypatch)
-    monkeypatch.setattr(cross_entropy, "_MAX_LOGITS", 5 * 2 * 36 if batch == 8 else 3 * 2 * 36)
+    monkeypatch.setattr(cross_entropy, "MAX_LOGITS", 5 * 2 * 36 if batch == 8 else 3 * 2 * 36)
     args = host = head_inputs(batch, 5, 16, 36, jnp.float32)
     mesh = make_mesh(MeshConfig(*sizes))
     kernel_axes = jax.sharding.PartitionSpec("fsdp", "tensor")

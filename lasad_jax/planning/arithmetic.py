@@ -16,11 +16,8 @@ from lasad_jax.planning.collectives import Collective, collective
 from lasad_jax.planning.compiling import Memory, Step
 from lasad_jax.planning.topologies import Topology
 from lasad_jax.training import sharding
-from lasad_jax.training.cross_entropy import mean_loss
+from lasad_jax.training.cross_entropy import MAX_LOGITS, mean_loss
 from lasad_jax.training.state import abstract_state, unbox
-
-# Logits that exist at a time, and their gradient (`training.cross_entropy`).
-_LOGITS = 2**28
 
 
 def estimate_step(config: Config, topology: Topology) -> Step:
@@ -40,7 +37,7 @@ def estimate_step(config: Config, topology: Topology) -> Step:
     model, images = config.model, config.batch_size // sharding.batch_parts(mesh)
     state = abstract_state(config, mesh)
     at_once = images // config.optimizer.accumulate
-    logits = min(at_once * model.num_tokens * model.vocab_size, _LOGITS)
+    logits = min(at_once * model.num_tokens * model.vocab_size, MAX_LOGITS)
     kept = at_once * _kept_per_image(model, topology.chip.kind, topology.chip.platform)
     tokens = config.batch_size * model.num_tokens
     flops = product_flops(model, tokens) + attention_flops(model, tokens)

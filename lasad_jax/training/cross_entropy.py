@@ -17,7 +17,7 @@ from lasad_jax.ops.numerics import accumulator
 from lasad_jax.ops.passes.row_losses import row_losses
 
 # Logits that exist on a device at a time: a quarter of a gigabyte in bfloat16.
-_MAX_LOGITS = 2**27
+MAX_LOGITS = 2**27
 
 
 def token_losses(
@@ -70,7 +70,7 @@ mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
 def _parts(num_images: int, num_tokens: int, vocab_size: int) -> list[slice]:
     """Slices of the token axis: no image is moved to another device, as of the batch axis."""
     devices = num_devices("batch", num_images) * num_devices("vocab", vocab_size)
-    count = math.ceil(num_images * num_tokens * vocab_size / (devices * _MAX_LOGITS))
+    count = math.ceil(num_images * num_tokens * vocab_size / (devices * MAX_LOGITS))
     size = math.ceil(num_tokens / min(num_tokens, count))
     return [slice(start, min(start + size, num_tokens)) for start in range(0, num_tokens, size)]
 
