@@ -153,6 +153,19 @@ ENTRY %main (x: bf16[5,{{}}7]) -> bf16[5,7] {{
     assert found.sent == pytest.approx(2 * 70 * (size - 1) / size)
 
 
+def test_products_within_kernels_count_and_other_kernels_do_not():
+    call = 'custom-call(%x, %w), custom_call_target="mosaic_gpu_v2"'
+    text = f"""HloModule step
+ENTRY %main (x: bf16[24,16], w: bf16[16,40]) -> bf16[24,20] {{
+  %x = bf16[24,16]{{1,0}} parameter(0)
+  %w = bf16[16,40]{{1,0}} parameter(1)
+  %a = (bf16[24,40]{{1,0}}, bf16[24,20]{{1,0}}) {call}, metadata={{op_name="ffn/swiglu_forward/k"}}
+  %b = (bf16[24,40]{{1,0}}, bf16[24,20]{{1,0}}) {call}, metadata={{op_name="ffn/other/k"}}
+  ROOT %h = bf16[24,20]{{1,0}} get-tuple-element(%a), index=1
+}}"""
+    assert costs.product_flops(Program(text)) == 2 * 24 * 16 * 40
+
+
 def test_a_loop_without_a_known_count_is_read_from_its_condition():
     """As TPU's compiler leaves it; what lies in a memory of the core's own is no traffic."""
     text = """HloModule step

@@ -28,12 +28,14 @@ _FREE = (
     "iota",
 )
 _FUSIONS = ("fusion", "fusion-start")
+# Kernels of rows with a matrix (`passes.feed_forward`).
+_PRODUCT_KERNELS = re.compile(r'op_name="[^"]*/swiglu_(?:forward|backward)/')
 _FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound", "Sharding")
 
 
 def product_flops(program: Program) -> int:
-    """FLOPs of the matrix products of a step on one device; those within custom calls are not
-    seen."""
+    """FLOPs of the matrix products of a step on one device; within custom calls, only of those
+    with weights."""
     return sum(run.times * _flops(run) for run in program.runs())
 
 
@@ -69,6 +71,9 @@ def _flops(run: Run) -> int:
         return 2 * depth * math.prod(x.arrays[0].dims)
     if x.opcode == "convolution":
         return _convolution_flops(x, *(run.computation[name].arrays[0] for name in x.operands))
+    if x.opcode == "custom-call" and _PRODUCT_KERNELS.search(x.text):
+        rows, matrix = (run.computation[name].arrays[0].dims for name in x.operands[:2])
+        return 2 * rows[0] * math.prod(matrix)
     return 0
 
 
