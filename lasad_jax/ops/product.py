@@ -11,12 +11,18 @@ def product(
 ) -> Float[Array, "*lead_features"]:
     """x's last `num` axes with the kernel's first, in the kernel's dtype.
 
-    As a product of two matrices, and its gradients too: of more axes XLA would transpose whole
-    activations in memory, and the kernel's gradient after it.
+    As a product of two matrices: of more axes XLA would transpose whole activations in memory for
+    the kernel's gradient. On one device that is one too, or XLA would write it transposed; on
+    several, XLA would then gather activations where heads are split.
     """
-    features = kernel.shape[num:]
-    matrix = kernel.reshape(-1, math.prod(features))
-    y = _multiply(x.astype(kernel.dtype).reshape(-1, len(matrix)), matrix)
+    features, num_inputs = kernel.shape[num:], math.prod(kernel.shape[:num])
+    rows = x.astype(kernel.dtype).reshape(-1, num_inputs)
+    if math.prod(jax.sharding.get_abstract_mesh().shape.values()) == 1:
+        y = _multiply(rows, kernel.reshape(num_inputs, -1))
+    else:
+        y = jax.lax.dot_general(
+            rows, kernel.reshape(num_inputs, *features), (((1,), (0,)), ((), ()))
+        )
     return y.reshape(*x.shape[: x.ndim - num], *features)
 
 
