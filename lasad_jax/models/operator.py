@@ -6,7 +6,6 @@ both needs no communication.
 """
 
 import functools
-import math
 
 import jax
 from flax import linen as nn
@@ -15,6 +14,7 @@ from jaxtyping import Array, Float
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.ops.kernels import choice
 
 
 def linear_attention(
@@ -65,17 +65,12 @@ def mesh_axes(name: str, size: int) -> str | tuple[str, ...] | None:
     if jax.sharding.get_abstract_mesh().empty:
         return None
     (axes,) = nn.logical_to_mesh_axes((name,))
-    return axes if size % _num_devices(axes) == 0 else None
+    return axes if size % choice.num_devices(axes) == 0 else None
 
 
 def num_devices(name: str, size: int) -> int:
     """How many devices of the current mesh a logical axis of this size is split over."""
-    return _num_devices(mesh_axes(name, size))
-
-
-def _num_devices(axes: str | tuple[str, ...] | None) -> int:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
+    return choice.num_devices(mesh_axes(name, size))
 
 
 def passes(config: ModelConfig) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib
+import math
 import re
 from collections.abc import Callable
 
@@ -50,6 +51,12 @@ def device() -> Device:
     if abstract is not None:
         return Device(abstract.platform or jax.default_backend(), abstract.device_kind)
     return Device(jax.default_backend(), jax.devices()[0].device_kind)
+
+
+def num_devices(axes: str | tuple[str, ...] | None) -> int:
+    """Of the current mesh, along these axes; 1 for none."""
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
 
 
 def is_hopper(where: Device) -> bool:

@@ -50,8 +50,8 @@ class Walk:
 
 
 def load_steps(walk: Walk, steps: int, empty: jax.Ref, load: Callable) -> None:
-    """Of all tiles, one step after the other: load(row, across, k, slot, number of the tile)
-    once what was in the slot has been read."""
+    """Of all tiles, one step after the other: load(row, across, channels, slot, number of the
+    tile) once what was in the slot has been read."""
     stages = empty.shape[0]
 
     def load_tile(i):

@@ -18,12 +18,11 @@ from jaxtyping import Array, Float
 
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
-from lasad_jax.ops.passes.gated_products import swiglu_product
+from lasad_jax.ops.passes.gated_products import Axes, swiglu_product
 from lasad_jax.ops.product import d_factor, d_kernel, product
 
 # Columns by which gate and up alternate in the matrix of the fused products.
 _BLOCK = 64
-Axes = str | tuple[str, ...] | None
 
 
 def swiglu(
@@ -54,8 +53,8 @@ def swiglu(
     """
     _check(x, gate, up, down)
     axes = {"batch_axes": batch_axes, "hidden_axes": hidden_axes}
-    rows = math.prod(x.shape[:2]) // _num_devices(batch_axes)
-    hidden = gate.shape[1] // _num_devices(hidden_axes)
+    rows = math.prod(x.shape[:2]) // choice.num_devices(batch_axes)
+    hidden = gate.shape[1] // choice.num_devices(hidden_axes)
     if implementation != "auto" or not choice.fuses_swiglu(rows, x.shape[2], hidden, gate.dtype):
         # Side by side on an axis of their own, which leaves that of F to be split over a mesh.
         both = keep(product(x, keep(jnp.stack((gate, up), axis=1))))
@@ -133,12 +132,6 @@ def _of_tokens(way: Callable) -> Callable:
         return tuple(x.reshape(*tokens.shape[:2], -1) for x in out)
 
     return run
-
-
-def _num_devices(axes: Axes) -> int:
-    sizes = jax.sharding.get_abstract_mesh().shape
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    return math.prod(sizes[name] for name in names)
 
 
 def _check(x, gate, up, down):
