@@ -19,7 +19,7 @@ from lasad_jax.config import MeshConfig
 from lasad_jax.training import loop, sharding
 from lasad_jax.training.metrics import read_metrics
 from lasad_jax.training.state import abstract_state
-from lasad_jax.training.step import make_train_step
+from lasad_jax.training.step import jit_step, make_train_step
 
 # data, fsdp, tensor, and slices where there are several.
 MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)]
@@ -69,7 +69,7 @@ def run(config, mesh):
             abstract_state(config, mesh),
             [sharding.put_batch(b, mesh) for b in batches],
         )
-        lowered = jax.jit(make_train_step(config), donate_argnums=0).lower(planned, batches[0])
+        lowered = jit_step(make_train_step(config)).lower(planned, batches[0])
         step, state, losses = lowered.compile(), first_state(planned), []
         for batch in batches:
             state, metrics = step(state, batch)

@@ -15,7 +15,7 @@ from lasad_jax.models import ModelConfig
 from lasad_jax.models.generator import init_parameters
 from lasad_jax.training import sharding
 from lasad_jax.training.state import init_state
-from lasad_jax.training.step import make_train_step
+from lasad_jax.training.step import jit_step, make_train_step
 
 ROOT = Path(__file__).parents[1]
 
@@ -70,7 +70,7 @@ def train_steps(config: Config, mesh, steps: int, see=lambda state: None):
     losses = []
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         state = init_state(config, mesh)
-        step = jax.jit(make_train_step(config), donate_argnums=0)
+        step = jit_step(make_train_step(config))
         see(state)
         for _ in range(steps):
             state, metrics = step(state, sharding.put_batch(next(batches), mesh))

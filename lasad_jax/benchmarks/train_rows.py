@@ -26,7 +26,7 @@ from lasad_jax.data.loader import train_batches
 from lasad_jax.models import count_parameters, counts
 from lasad_jax.training import sharding
 from lasad_jax.training.state import abstract_state, init_program, init_state
-from lasad_jax.training.step import Batch, make_train_step
+from lasad_jax.training.step import Batch, jit_step, make_train_step
 
 _EMA_DECAY = OptimizerConfig().ema_decay
 
@@ -52,7 +52,7 @@ def lower_step(
     """
     mesh = _mesh(config, devices)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        step = jax.jit(make_step(config), donate_argnums=0)
+        step = jit_step(make_step(config))
         return step.lower(abstract_state(config, mesh), _random_batch(config, mesh, 0))
 
 

@@ -1,6 +1,7 @@
 """LASADGen: class label and codes in, logits of the next code out."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.folding import map_folded
+from lasad_jax.models.gathered import gathered, moment
 from lasad_jax.models.layers import AddNorm, Embedding, FeedForward, Kernel
 from lasad_jax.models.local_conv import LocalConv, init_recent
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS, SoftmaxCache
@@ -55,11 +57,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Stream, cache: Cache | None) -> tuple[Stream, Cache | None]:
+        # The stream is there first.
+        (x, after), (branch, before) = map(moment, carry)
+        layer = Block._layer
+        if not self.is_initializing():
+            axes = {"params": _block_axes(self.config)}
+            whole = functools.partial(gathered, axes=axes, after=after, before=before)
+            layer = nn.map_variables(layer, "params", whole, mutable=False)
+        return layer(self, x, branch, cache)
+
+    def _layer(self, x, branch, cache):
         config = self.config
         mixer, recent, index = None, None, 0
         if cache is not None:
             mixer, recent, index = cache.mixer, cache.recent, cache.mixer.index
-        x, y, _ = AddNorm(config, self.train, name="mixer_norm")(*carry)
+        x, y, _ = AddNorm(config, self.train, name="mixer_norm")(x, branch)
         branch, mixer = MIXERS[config.mixer](config, name="mixer")(y, mixer)
         x, y, _ = AddNorm(config, self.train, name="ffn_norm")(x, _constrain(branch))
         if config.has_local_conv:
@@ -127,23 +139,19 @@ class LASADGen(nn.Module):
         Returns:
           float32 logits; row i predicts tokens[:, i].
         """
-        return self._logits(self._features(tokens, labels))
+        return self._logits(self.before_head(tokens, labels))
 
     def before_head(
         self, tokens: Int[Array, "B N"], labels: Int[Array, " B"]
     ) -> tuple[Float[Array, "B N D"], Float[Array, "D V"]]:
         """The two factors of the logits, for losses that never hold all logits at once."""
-        x, scale = self._features(tokens, labels)
-        return x, self.head(scale)
-
-    def _features(self, tokens, labels):
         if self.train and self.config.class_dropout:
             dropped = jax.random.bernoulli(
                 self.make_rng("dropout"), self.config.class_dropout, labels.shape
             )
             labels = jnp.where(dropped, self.config.num_classes, labels)
-        features, _ = self._run(self._embed(labels, tokens[:, :-1]), None)
-        return features
+        factors, _ = self._run(self._embed(labels, tokens[:, :-1]), None)
+        return factors
 
     def prefill(
         self, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
@@ -153,23 +161,23 @@ class LASADGen(nn.Module):
         Returns:
           logits of code number n, and the cache to go on from.
         """
-        (x, scale), cache = self.read(labels, tokens)
-        return self._logits((x[:, None], scale))[:, 0], cache
+        (x, kernel), cache = self.read(labels, tokens)
+        return self._logits((x[:, None], kernel))[:, 0], cache
 
     def read(
         self, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
-    ) -> tuple[tuple[Float[Array, "B D"], Float[Array, " D"]], Cache]:
-        """`prefill` up to the head: features and the scale for the head's rows, and the cache."""
+    ) -> tuple[tuple[Float[Array, "B D"], Float[Array, "D V"]], Cache]:
+        """`prefill` up to the head: the two factors of the logits, and the cache."""
         cache = init_cache(self.config, labels.shape[0])
-        (x, scale), cache = self._run(self._embed(labels, tokens), cache)
-        return (x[:, -1], scale), cache
+        (x, kernel), cache = self._run(self._embed(labels, tokens), cache)
+        return (x[:, -1], kernel), cache
 
     def decode_step(
         self, tokens: Int[Array, " B"], cache: Cache
     ) -> tuple[Float[Array, "B V"], Cache]:
         """Reads one code; returns the logits of the next and the new cache."""
-        features, cache = self._run(self.token_embedding(tokens)[:, None], cache)
-        return self._logits(features)[:, 0], cache
+        factors, cache = self._run(self.token_embedding(tokens)[:, None], cache)
+        return self._logits(factors)[:, 0], cache
 
     def _embed(self, labels, tokens) -> Float[Array, "B N D"]:
         # Each by itself: where width and images are split over the same devices, a part of the
@@ -180,12 +188,15 @@ class LASADGen(nn.Module):
     def _run(self, x, cache):
         # The embedding is the first branch: its dropout is that of all branches.
         x = _constrain(x)
-        carry, cache = self.blocks((jnp.zeros_like(x), x), cache)
-        return self.final_norm(*carry)[1:], cache
+        (x, branch), cache = self.blocks((jnp.zeros_like(x), x), cache)
+        x, after = moment(x)
+        _, y, scale = self.final_norm(x, branch)
+        y, before = moment(y)
+        return (y, gathered(self.head(scale), self.head.axes, after, before)), cache
 
-    def _logits(self, features) -> Float[Array, "B N V"]:
-        x, scale = features
-        logits = product(x, self.head(scale)).astype(jnp.float32)
+    def _logits(self, factors) -> Float[Array, "B N V"]:
+        x, kernel = factors
+        logits = product(x, kernel).astype(jnp.float32)
         return nn.with_logical_constraint(logits, ("batch", "tokens", "vocab"))
 
 
@@ -211,6 +222,15 @@ def init_parameters(config: ModelConfig, key: jax.Array) -> PyTree:
 def abstract_parameters(config: ModelConfig) -> PyTree:
     """Shapes and dtypes of the parameters, boxed with their axes' names."""
     return jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
+
+
+@functools.cache
+def _block_axes(config: ModelConfig) -> PyTree:
+    """The names of the axes of one layer's parameters."""
+    blocks = abstract_parameters(config)["blocks"]
+    # The first axis is that of layers.
+    names = lambda x: x.names[1:]
+    return jax.tree.map(names, blocks, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -161,7 +161,8 @@ class LASADMixer(nn.Module):
             gate, bias = DecayGate(config, shape, _HEADS[:2], name="decay_gate")()
             kernels.append(jnp.pad(gate[..., None], ((0, 0), (0, 0), (0, _ALIGNMENT - 1))))
         # Joined within each head, so that heads can still be split over a mesh.
-        return keep(product(x, keep(jnp.concatenate(kernels, axis=-1)))), bias
+        joined = keep(jnp.concatenate(kernels, axis=-1))
+        return keep(product(x, joined, feature_axes=mesh_axes("heads", config.num_heads))), bias
 
     def _mixes_heads(self, y: Float[Array, "B N H W"], decay: ops.Decay) -> bool:
         """Whether all that lies between the projections runs as one kernel each way."""
@@ -218,7 +219,8 @@ class SoftmaxMixer(nn.Module):
         config = self.config
         shape = (config.width, config.num_heads, config.value_dim)
         kernels = (Kernel(config, shape, _HEADS, name=name)() for name in ("q", "k", "v"))
-        q, k, v = (keep(product(x, kernel)) for kernel in kernels)
+        heads = mesh_axes("heads", config.num_heads)
+        q, k, v = (keep(product(x, kernel, feature_axes=heads)) for kernel in kernels)
         index = 0 if cache is None else cache.index
         if config.rope:
             table = turns(config.grid, config.query_dim, index, x.shape[1], prefix_scale=0.0)

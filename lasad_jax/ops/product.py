@@ -5,19 +5,33 @@ import math
 import jax
 from jaxtyping import Array, Float
 
+from lasad_jax.ops.kernels import choice
+
+Axes = str | tuple[str, ...] | None
+
 
 def product(
-    x: Float[Array, "*lead_contracted"], kernel: Float[Array, "*contracted_features"], num: int = 1
+    x: Float[Array, "*lead_contracted"],
+    kernel: Float[Array, "*contracted_features"],
+    num: int = 1,
+    feature_axes: Axes = None,
 ) -> Float[Array, "*lead_features"]:
     """x's last `num` axes with the kernel's first, in the kernel's dtype.
 
     As a product of two matrices: of more axes XLA would transpose whole activations in memory for
-    the kernel's gradient. On one device that is one too, or XLA would write it transposed; on
-    several, XLA would then gather activations where heads are split.
+    the kernel's gradient. On GPUs that is one too, or XLA would write it transposed; but where a
+    feature's axis is split over devices, XLA would then gather activations, and a TPU would lay
+    them out anew.
+
+    Args:
+      x, kernel: the factors.
+      num: how many axes are contracted.
+      feature_axes: axes of the current mesh, if there is one, over which one of the kernel's other
+        axes is split.
     """
     features, num_inputs = kernel.shape[num:], math.prod(kernel.shape[:num])
     rows = x.astype(kernel.dtype).reshape(-1, num_inputs)
-    if math.prod(jax.sharding.get_abstract_mesh().shape.values()) == 1:
+    if choice.num_devices(feature_axes) == 1 and choice.device().platform != "tpu":
         y = _multiply(rows, kernel.reshape(num_inputs, -1))
     else:
         y = jax.lax.dot_general(

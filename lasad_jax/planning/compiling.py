@@ -16,7 +16,7 @@ from lasad_jax.planning.collectives import Collective, count_collectives
 from lasad_jax.planning.hlo import Program
 from lasad_jax.training import sharding
 from lasad_jax.training.state import abstract_state
-from lasad_jax.training.step import make_train_step
+from lasad_jax.training.step import jit_step, make_train_step
 
 _PLATFORMS = {"gpu": "cuda"}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -121,7 +121,7 @@ def _compile(config: Config, mesh: Mesh) -> jax.stages.Compiled:
         "labels": jax.ShapeDtypeStruct(tokens[:1], jnp.int32, sharding=placed),
     }
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        step = jax.jit(make_train_step(config), donate_argnums=0)
+        step = jit_step(make_train_step(config))
         traced = step.trace(abstract_state(config, mesh), batch)
         lowered = traced.lower(lowering_platforms=(_PLATFORMS.get(platform, platform),))
         try:

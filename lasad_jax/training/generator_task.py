@@ -22,7 +22,7 @@ from lasad_jax.training import sharding
 from lasad_jax.training.checkpoints import has_checkpoint
 from lasad_jax.training.init_from import open_source
 from lasad_jax.training.state import TrainState, abstract_state, init_state
-from lasad_jax.training.step import make_eval_step, make_train_step
+from lasad_jax.training.step import jit_step, make_eval_step, make_train_step
 from lasad_jax.training.task import Batch, Metrics
 
 
@@ -38,7 +38,7 @@ class GeneratorTask:
         self.measure_every, self._measure = config.metrics_every, None
         self.data = load_tokens(config.data)
         check_model(config, self.data)
-        self._train_step = jax.jit(make_train_step(config), donate_argnums=0)
+        self._train_step = jit_step(make_train_step(config))
         self._eval_step = jax.jit(make_eval_step(config.model))
 
     @property

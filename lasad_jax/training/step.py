@@ -10,17 +10,21 @@ from jaxtyping import Array, PyTree
 from lasad_jax.config import Config
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.generator import LASADGen
+from lasad_jax.ops.kernels import choice
 from lasad_jax.training import guard
 from lasad_jax.training.cross_entropy import mean_loss, token_losses
 from lasad_jax.training.state import TrainState, learning_rate, make_optimizer, update_average
 
 Batch = dict[str, Array]
 
+# A layer's parameters come together at once (`models.gathered`), of any size.
+_GPU_OPTIONS = {"xla_gpu_all_gather_combine_threshold_bytes": 2**30}
+
 
 def make_train_step(
     config: Config,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """A function (state, batch) -> (state, metrics); jit it with the state donated.
+    """A function (state, batch) -> (state, metrics), for `jit_step`.
 
     The batch holds "tokens" (B, R * C) and "labels" (B,). Metrics are the mean loss in
     nats per token, the gradient's global norm before clipping, the learning rate, and what
@@ -78,6 +82,12 @@ def make_train_step(
         return TrainState(state.step + 1, *kept, after), metrics | guard.metrics(after)
 
     return train_step
+
+
+def jit_step(step: Callable) -> jax.stages.Wrapped:
+    """A step (state, batch) -> (state, metrics) to be compiled, with the state donated."""
+    options = _GPU_OPTIONS if choice.device().is_gpu else None
+    return jax.jit(step, donate_argnums=0, compiler_options=options)
 
 
 def make_eval_step(model_config: ModelConfig) -> Callable[[PyTree, Batch], tuple[Array, Array]]:

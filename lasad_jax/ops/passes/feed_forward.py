@@ -57,7 +57,8 @@ def swiglu(
     hidden = gate.shape[1] // choice.num_devices(hidden_axes)
     if implementation != "auto" or not choice.fuses_swiglu(rows, x.shape[2], hidden, gate.dtype):
         # Side by side on an axis of their own, which leaves that of F to be split over a mesh.
-        both = keep(product(x, keep(jnp.stack((gate, up), axis=1))))
+        gate_up = keep(jnp.stack((gate, up), axis=1))
+        both = keep(product(x, gate_up, feature_axes=hidden_axes))
         return swiglu_product(both, down, implementation=implementation, **axes)
     return keep(fused(x.astype(gate.dtype), gate, up, down, *_on_mesh(kernels(), **axes)))
 
