@@ -174,16 +174,16 @@ def test_a_compiled_step_and_arithmetic_agree(on_eight):
     assert 1 <= compiled.memory.temporaries / estimated.memory.temporaries < 4
     # The operator's plain form has products that its formula leaves out.
     assert 1 <= compiled.flops / estimated.flops < 2.5
-    # Parameters twice; XLA gathers some activations, too.
+    # Parameters once, but for vectors.
     gathered = lambda step: sum(x.sent for x in step.collectives if x.kind == "all-gather")
-    assert 1 <= gathered(compiled) / gathered(estimated) < 2
+    assert gathered(compiled) == pytest.approx(gathered(estimated), rel=0.01)
 
 
-def test_a_loop_of_layers_gathers_once_a_layer_and_pass(on_eight):
+def test_a_loop_of_layers_gathers_once_a_layer(on_eight):
     config, _, compiled, estimated = on_eight
     parameters = 4 * count_parameters(config.model)
     ring = {x.kind: x for x in estimated.collectives}
-    assert ring["all-gather"] == collective("all-gather", 4, 4, 2 * parameters / 4)
+    assert ring["all-gather"] == collective("all-gather", 4, 2, parameters / 4)
     assert ring["reduce-scatter"] == collective("reduce-scatter", 4, 2, parameters)
     assert ring["all-reduce"] == collective("all-reduce", 2, 2, parameters / 4)
     # XLA on CPUs adds up whole gradients and then takes slices.

@@ -25,9 +25,9 @@ def estimate_step(config: Config, topology: Topology) -> Step:
 
     Parameters, optimizer, average and gradients are exact. Activations are what differentiation
     keeps of a traced step, without what XLA adds or saves, and not split over "tensor".
-    Collectives are those of the axes' meaning: fsdp gathers parameters twice and scatters
-    gradients, data (and slice) add up gradients, tensor adds up two activations a layer each
-    way. Traffic to memory is not known.
+    Collectives are those of the axes' meaning: fsdp gathers parameters once, and keeps them, or
+    twice where memory is short (model.remat), and scatters gradients, data (and slice) add up
+    gradients, tensor adds up two activations a layer each way. Traffic to memory is not known.
 
     Raises:
       ValueError: for a mesh or batch that does not divide.
@@ -46,7 +46,10 @@ def estimate_step(config: Config, topology: Topology) -> Step:
         memory=Memory(
             arguments=_bytes_per_device(state) + 4 * images * (model.num_tokens + 1),
             outputs=0.0,
-            temporaries=kept + _bytes_per_device(state.params) + 2 * logits * _width(model),
+            temporaries=kept
+            + _bytes_per_device(state.params)
+            + (_parameter_bytes(model, mesh) if _sends_once(model, mesh) else 0)
+            + 2 * logits * _width(model),
             code=0.0,
         ),
         flops=flops / mesh.size,
@@ -97,11 +100,11 @@ def _kept_per_image(config: ModelConfig, kind: str, platform: str) -> int:
 
 def _collectives(config: ModelConfig, mesh: AbstractMesh, images: int) -> list[Collective]:
     size, layers, found = dict(mesh.shape), config.num_layers, []
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(config)))
-    whole = _width(config) * parameters / size["tensor"]
+    whole = _parameter_bytes(config, mesh)
     own = whole / size["fsdp"]
     if size["fsdp"] > 1:
-        found.append(collective("all-gather", size["fsdp"], 2 * layers, 2 * own))
+        times = 1 if _sends_once(config, mesh) else 2
+        found.append(collective("all-gather", size["fsdp"], times * layers, times * own))
         found.append(collective("reduce-scatter", size["fsdp"], layers, whole))
     copies = mesh.size // (size["fsdp"] * size["tensor"])
     if copies > 1:
@@ -110,6 +113,17 @@ def _collectives(config: ModelConfig, mesh: AbstractMesh, images: int) -> list[C
         stream = images * config.num_tokens * config.width * _width(config)
         found.append(collective("all-reduce", size["tensor"], 4 * layers, 4 * layers * stream))
     return sorted(found, key=lambda x: -x.sent)
+
+
+def _sends_once(config: ModelConfig, mesh: AbstractMesh) -> bool:
+    """Whether parameters in parts are put together once and kept (`models.gathered`)."""
+    return mesh.shape["fsdp"] > 1 and config.remat in ("none", "cheap")
+
+
+def _parameter_bytes(config: ModelConfig, mesh: AbstractMesh) -> float:
+    """Of all parameters that a device needs, in the dtype of computation."""
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(config)))
+    return _width(config) * parameters / mesh.shape["tensor"]
 
 
 def _width(config: ModelConfig) -> int:
