@@ -23,10 +23,13 @@ _STORED = "embed"
 Moment = Float[Array, ""]
 
 
+def in_parts(width: int) -> bool:
+    """Whether several devices share parameters of this width."""
+    return num_devices(_STORED, width) > 1
+
+
 def moment(x: Float[Array, "B N D"]) -> tuple[Float[Array, "B N D"], Moment]:
     """The same x, to go on with, and the moment when it is there."""
-    if num_devices(_STORED, x.shape[-1]) == 1:
-        return x, jnp.zeros(())
     return jax.lax.optimization_barrier((x, jnp.zeros(())))
 
 

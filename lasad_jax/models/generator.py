@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.folding import map_folded
-from lasad_jax.models.gathered import gathered, moment
+from lasad_jax.models.gathered import gathered, in_parts, moment
 from lasad_jax.models.layers import AddNorm, Embedding, FeedForward, Kernel
 from lasad_jax.models.local_conv import LocalConv, init_recent
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS, SoftmaxCache
@@ -57,21 +57,21 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Stream, cache: Cache | None) -> tuple[Stream, Cache | None]:
-        # The stream is there first.
+        if self.is_initializing() or not in_parts(self.config.width):
+            return self._layer(carry, cache)
+        # The stream is there before the branch.
         (x, after), (branch, before) = map(moment, carry)
-        layer = Block._layer
-        if not self.is_initializing():
-            axes = {"params": _block_axes(self.config)}
-            whole = functools.partial(gathered, axes=axes, after=after, before=before)
-            layer = nn.map_variables(layer, "params", whole, mutable=False)
-        return layer(self, x, branch, cache)
+        axes = {"params": _block_axes(self.config)}
+        whole = functools.partial(gathered, axes=axes, after=after, before=before)
+        layer = nn.map_variables(Block._layer, "params", whole, mutable=False)
+        return layer(self, (x, branch), cache)
 
-    def _layer(self, x, branch, cache):
+    def _layer(self, carry, cache):
         config = self.config
         mixer, recent, index = None, None, 0
         if cache is not None:
             mixer, recent, index = cache.mixer, cache.recent, cache.mixer.index
-        x, y, _ = AddNorm(config, self.train, name="mixer_norm")(x, branch)
+        x, y, _ = AddNorm(config, self.train, name="mixer_norm")(*carry)
         branch, mixer = MIXERS[config.mixer](config, name="mixer")(y, mixer)
         x, y, _ = AddNorm(config, self.train, name="ffn_norm")(x, _constrain(branch))
         if config.has_local_conv:
@@ -189,6 +189,9 @@ class LASADGen(nn.Module):
         # The embedding is the first branch: its dropout is that of all branches.
         x = _constrain(x)
         (x, branch), cache = self.blocks((jnp.zeros_like(x), x), cache)
+        if not in_parts(self.config.width):
+            _, y, scale = self.final_norm(x, branch)
+            return (y, self.head(scale)), cache
         x, after = moment(x)
         _, y, scale = self.final_norm(x, branch)
         y, before = moment(y)
