@@ -6,8 +6,7 @@ import jax
 from jaxtyping import Array, Float
 
 from lasad_jax.ops.kernels import choice
-
-Axes = str | tuple[str, ...] | None
+from lasad_jax.ops.kernels.choice import Axes
 
 
 def product(

@@ -20,6 +20,8 @@ KERNELS = ("mosaic_gpu", "triton", "mosaic_tpu")
 # Grid tokens up to which `manhattan`'s kernels, quadratic in N, take the whole sequence;
 # beyond, they take blocks of the linear form.
 LONGEST_MANHATTAN = 4096
+# Of the current mesh, over which an array's axis is split.
+Axes = str | tuple[str, ...] | None
 # Implementations of elementwise passes.
 PASSES = ("auto", "plain", "triton")
 _HOPPER = re.compile(r"\bG?H\d+")
@@ -53,7 +55,7 @@ def device() -> Device:
     return Device(jax.default_backend(), jax.devices()[0].device_kind)
 
 
-def num_devices(axes: str | tuple[str, ...] | None) -> int:
+def num_devices(axes: Axes) -> int:
     """Of the current mesh, along these axes; 1 for none."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)

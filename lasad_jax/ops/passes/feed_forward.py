@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
-from lasad_jax.ops.passes.gated_products import Axes, swiglu_product
+from lasad_jax.ops.kernels.choice import Axes
+from lasad_jax.ops.passes.gated_products import swiglu_product
 from lasad_jax.ops.product import d_factor, d_kernel, product
 
 # Columns by which gate and up alternate in the matrix of the fused products.

@@ -18,10 +18,9 @@ from jaxtyping import Array, Float
 
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
+from lasad_jax.ops.kernels.choice import Axes
 from lasad_jax.ops.numerics import wide
 from lasad_jax.ops.product import d_factor, d_kernel, product
-
-Axes = str | tuple[str, ...] | None
 
 
 def swiglu_product(

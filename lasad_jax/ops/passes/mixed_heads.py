@@ -19,11 +19,11 @@ from jaxtyping import Array, BFloat16, Float32
 
 from lasad_jax.ops.decays import Decay, Grid
 from lasad_jax.ops.keep import keep
+from lasad_jax.ops.kernels.choice import Axes
 from lasad_jax.ops.product import d_factor, d_kernel, product
 
 # Tokens of a chunk, and of the chunks whose decays the kernels take at once.
 _CHUNK, _GROUP = 64, 256
-Axes = str | tuple[str, ...] | None
 
 
 def mixed_heads_product(
