@@ -1,13 +1,15 @@
 """Parameters in parts: sent once a step and kept, or sent again where memory is short."""
 
 import collections
-import re
+import itertools
+import math
 
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
+from test_sharding import collectives
 from tiny import one_device_mesh, tiny_config
 
 from lasad_jax.models.gathered import gathered, moment
@@ -33,11 +35,8 @@ def compiled_step(remat):
 
 def gathers(text):
     """How often an array of each number of elements is put together."""
-    found = collections.Counter()
-    for outputs in re.findall(r"= (\S+|\([^)]*\)) all-gather(?:-start)?\(", text):
-        for shape in re.findall(r"\w\[([\d,]+)\]", outputs):
-            found[np.prod([int(size) for size in shape.split(",")])] += 1
-    return found
+    arrays = itertools.chain.from_iterable(collectives(text, "all-gather"))
+    return collections.Counter(map(math.prod, arrays))
 
 
 @pytest.mark.parametrize(("remat", "again"), [("cheap", 0), ("lean", 3), ("block", 9)])

@@ -159,9 +159,11 @@ def check_collectives(compiled, params):
         assert not any(shape[:2] in ((BATCH, 14), (BATCH, 15)) for shape in arrays), arrays
 
 
-def collectives(compiled):
+KINDS = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
+
+
+def collectives(compiled, kinds=KINDS):
     """Shapes of the outputs of every operation of a program in which devices communicate."""
-    kinds = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
     for outputs in re.findall(rf"= (\S+|\([^)]*\)) (?:{kinds})(?:-start)?\(", compiled):
         shapes = re.findall(r"\w\[([\d,]*)\]", outputs)
         yield [tuple(map(int, filter(None, shape.split(",")))) for shape in shapes]
