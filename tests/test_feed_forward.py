@@ -14,7 +14,7 @@ from lasad_jax.models.operator import mesh_axes
 from lasad_jax.ops.keep import keep_policy
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.passes import feed_forward as module
-from lasad_jax.ops.passes.feed_forward import fused, kernels, swiglu
+from lasad_jax.ops.passes.feed_forward import by_turns, fused, join, kernels, swiglu
 from lasad_jax.training.sharding import RULES, make_mesh
 
 NEEDS_JAX_11 = pytest.mark.skipif(
@@ -54,6 +54,11 @@ def results(function, args, d_out):
     return {"out": out, **dict(zip(NAMES, pullback(d_out), strict=True))}
 
 
+def feed_forward(x, gate, up, down, **options):
+    """Joined as models do it."""
+    return swiglu(x, join(gate, up, x.shape[:2], **options), down, **options)
+
+
 def cast(args, d_out, dtype=jnp.bfloat16):
     return tuple(jnp.asarray(x, dtype) for x in args), jnp.asarray(d_out, dtype)
 
@@ -82,7 +87,8 @@ def test_kernels_are_the_formula(case):
     *shape, programs = case
     args, d_out = inputs(*shape)
     ways = of_tokens(interpreted(programs=programs))
-    run = quick_jit(lambda *args: results(lambda *args: fused(*args, *ways), args[:-1], args[-1]))
+    layer = lambda x, gate, up, down: fused(x, by_turns(gate, up), down, *ways)
+    run = quick_jit(lambda *args: results(layer, args[:-1], args[-1]))
     got = run(*cast(args, d_out)[0], cast(args, d_out)[1])
     assert {x.dtype for x in got.values()} == {jnp.dtype(jnp.bfloat16)}
     assert_close(got, oracle(*args, d_out), 8e-3)
@@ -93,7 +99,7 @@ def test_rows_are_rounded_once_and_h_is_the_same_both_ways():
     """gate and up as XLA's product has them, h of the rounded ones, and backward the same bits."""
     (x, gate, up, down), d_out = cast(*inputs(2, 100, 128, 192))
     forward, backward = interpreted(programs=2)
-    gate_up = module._by_turns(gate, up)
+    gate_up = by_turns(gate, up)
     both, h = quick_jit(forward)(x.reshape(200, 128), gate_up)
     _, again = quick_jit(backward)(d_out.reshape(200, 128), down, both)
     assert np.asarray(h).tobytes() == np.asarray(again).tobytes()
@@ -109,7 +115,7 @@ def test_rows_are_rounded_once_and_h_is_the_same_both_ways():
 def test_products_around_it_are_the_formula(dtype):
     args, d_out = inputs(2, 9, 64, 48)
     few, d_few = cast(args, d_out, dtype)
-    run = jax.jit(functools.partial(results, swiglu))
+    run = jax.jit(functools.partial(results, feed_forward))
     assert_close(run(few, d_few), oracle(*args, d_out), 1e-5 if dtype == jnp.float32 else 8e-3)
 
 
@@ -128,7 +134,7 @@ def fake_kernels():
     def backward(d_out, down, both):
         (gate, up), d_h = split(both), (d_out @ down.T).astype(jnp.float32)
         h, pullback = jax.vjp(lambda gate, up: jax.nn.silu(gate) * up, gate, up)
-        d_both = module._by_turns(*pullback(d_h))
+        d_both = by_turns(*pullback(d_h))
         return d_both.astype(both.dtype), h.astype(both.dtype)
 
     return forward, backward
@@ -160,7 +166,7 @@ def test_each_device_takes_its_own_images_and_channels(batch, rows, as_on_hopper
     few, d_few = cast(args, d_out)
     with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))), nn.logical_axis_rules(RULES):
         axes = {"batch_axes": mesh_axes("batch", batch), "hidden_axes": mesh_axes("mlp", 256)}
-        function = functools.partial(swiglu, **axes)
+        function = functools.partial(feed_forward, **axes)
         got = jax.jit(functools.partial(results, function))(few, d_few)
     assert set(as_on_hopper) == {
         ((rows, 128), (128, 256)),
@@ -172,7 +178,7 @@ def test_each_device_takes_its_own_images_and_channels(batch, rows, as_on_hopper
 def test_a_rematerialised_layer_makes_gate_and_up_once(as_on_hopper):
     """And keeps no h: rows of 2 F, of D and the kernels."""
     args, d_out = cast(*inputs(2, 12, 128, 256))
-    layer = jax.checkpoint(swiglu, policy=keep_policy)
+    layer = jax.checkpoint(feed_forward, policy=keep_policy)
     text = str(
         jax.jit(lambda args, d_out: jax.vjp(layer, *args)[1](d_out)).trace(args, d_out).jaxpr
     )
@@ -193,7 +199,7 @@ def shapes(batch, num_tokens, width, hidden, dtype=jnp.bfloat16):
 
 @NEEDS_JAX_11
 def test_lowers_to_one_launch_each_way_on_hopper():
-    run = lambda args, d_out: results(swiglu, args, d_out)
+    run = lambda args, d_out: results(feed_forward, args, d_out)
     few = shapes(2, 256, 768, 2048)
     many = shapes(16, 256, 768, 2048)
     for device, case, own, passes in (
@@ -227,11 +233,17 @@ def test_when_the_products_hold_it():
 
 
 def test_bad_input_is_refused():
-    good = dict(zip(NAMES, cast(*inputs(2, 7, 16, 24), jnp.float32)[0], strict=True))
+    x, gate, up, down = cast(*inputs(2, 7, 16, 24), jnp.float32)[0]
+    for other in (up[:8], up.astype(jnp.bfloat16)):
+        got = rf"got {other.dtype}\({len(other)}, 24\)"
+        with pytest.raises(ValueError, match=r"up: expected float32 of shape \(16, 24\), " + got):
+            join(gate, other, x.shape[:2])
+    good = {"x": x, "gate_up": join(gate, up, x.shape[:2]), "down": down}
+    joined = r"gate_up: expected \(16, 2, F\) or \(16, 2 \* F\), got "
     cases = [
         ({"x": good["x"][0]}, r"x: expected \(B, N, D\), got \(7, 16\)"),
-        ({"up": good["up"][:8]}, r"up: expected float32 of shape \(16, 24\), got float32\(8, 24\)"),
-        ({"gate": good["gate"][:8]}, r"gate: expected float32 of shape \(16, 24\)"),
+        ({"gate_up": good["gate_up"][:8]}, joined + r"\(8, 2, 24\)"),
+        ({"gate_up": gate[:, None]}, joined + r"\(16, 1, 24\)"),
         ({"down": good["down"].T}, r"down: expected float32 of shape \(24, 16\)"),
         ({"down": good["down"].astype(jnp.bfloat16)}, "got bfloat16"),
         ({"implementation": "fast"}, "'fast' is not one of"),

@@ -1,7 +1,6 @@
 """LASADGen: class label and codes in, logits of the next code out."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +9,8 @@ from flax import struct
 from jaxtyping import Array, Float, Int, PyTree
 
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.exchange import exchanged
 from lasad_jax.models.folding import map_folded
-from lasad_jax.models.gathered import gathered, in_parts, moment
 from lasad_jax.models.layers import AddNorm, Embedding, FeedForward, Kernel
 from lasad_jax.models.local_conv import LocalConv, init_recent
 from lasad_jax.models.mixers import INIT_CACHES, MIXERS, SoftmaxCache
@@ -57,28 +56,23 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carry: Stream, cache: Cache | None) -> tuple[Stream, Cache | None]:
-        if self.is_initializing() or not in_parts(self.config.width):
-            return self._layer(carry, cache)
-        # The stream is there before the branch.
-        (x, after), (branch, before) = map(moment, carry)
-        axes = {"params": _block_axes(self.config)}
-        whole = functools.partial(gathered, axes=axes, after=after, before=before)
-        layer = nn.map_variables(Block._layer, "params", whole, mutable=False)
-        return layer(self, (x, branch), cache)
-
-    def _layer(self, carry, cache):
         config = self.config
-        mixer, recent, index = None, None, 0
+        mixer = MIXERS[config.mixer](config, name="mixer")
+        conv = LocalConv(config, name="conv") if config.has_local_conv else None
+        ffn = FeedForward(config, name="ffn")
+        state, recent, index = None, None, 0
         if cache is not None:
-            mixer, recent, index = cache.mixer, cache.recent, cache.mixer.index
-        x, y, _ = AddNorm(config, self.train, name="mixer_norm")(*carry)
-        branch, mixer = MIXERS[config.mixer](config, name="mixer")(y, mixer)
-        x, y, _ = AddNorm(config, self.train, name="ffn_norm")(x, _constrain(branch))
-        if config.has_local_conv:
-            y, recent = LocalConv(config, name="conv")(y, recent, index)
+            state, recent, index = cache.mixer, cache.recent, cache.mixer.index
+        kernels = mixer.kernels() | (conv.kernels() if conv else {}) | ffn.kernels(carry[0])
+        x, branch, kernels = exchanged(*carry, kernels)
+        x, y = AddNorm(config, self.train, name="mixer_norm")(x, branch)
+        branch, state = mixer(y, kernels, state)
+        x, y = AddNorm(config, self.train, name="ffn_norm")(x, _constrain(branch))
+        if conv:
+            y, recent = conv(y, recent, index, kernels["taps"])
             y = keep(y, if_room=True)
-        branch = FeedForward(config, name="ffn")(y)
-        return (x, _constrain(branch)), None if cache is None else Cache(mixer, recent)
+        branch = ffn(y, kernels)
+        return (x, _constrain(branch)), None if cache is None else Cache(state, recent)
 
 
 def _constrain(x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
@@ -189,13 +183,10 @@ class LASADGen(nn.Module):
         # The embedding is the first branch: its dropout is that of all branches.
         x = _constrain(x)
         (x, branch), cache = self.blocks((jnp.zeros_like(x), x), cache)
-        if not in_parts(self.config.width):
-            _, y, scale = self.final_norm(x, branch)
-            return (y, self.head(scale)), cache
-        x, after = moment(x)
-        _, y, scale = self.final_norm(x, branch)
-        y, before = moment(y)
-        return (y, gathered(self.head(scale), self.head.axes, after, before)), cache
+        head = self.head(self.final_norm.scale), self.head.axes
+        x, branch, kernels = exchanged(x, branch, {"head": head})
+        _, y = self.final_norm(x, branch)
+        return (y, kernels["head"]), cache
 
     def _logits(self, factors) -> Float[Array, "B N V"]:
         x, kernel = factors
@@ -225,15 +216,6 @@ def init_parameters(config: ModelConfig, key: jax.Array) -> PyTree:
 def abstract_parameters(config: ModelConfig) -> PyTree:
     """Shapes and dtypes of the parameters, boxed with their axes' names."""
     return jax.eval_shape(lambda: init_parameters(config, jax.random.key(0)))
-
-
-@functools.cache
-def _block_axes(config: ModelConfig) -> PyTree:
-    """The names of the axes of one layer's parameters."""
-    blocks = abstract_parameters(config)["blocks"]
-    # The first axis is that of layers.
-    names = lambda x: x.names[1:]
-    return jax.tree.map(names, blocks, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -6,12 +6,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.exchange import Kernels, Named
 from lasad_jax.models.folding import scaled
 from lasad_jax.models.operator import mesh_axes, passes
 from lasad_jax.models.sizes import ffn_width
+from lasad_jax.ops.keep import keep
 from lasad_jax.ops.passes.add_norm import add_norm
 from lasad_jax.ops.passes.dropout import token_seeds
-from lasad_jax.ops.passes.feed_forward import swiglu
+from lasad_jax.ops.passes.feed_forward import join, swiglu
 
 NORM_EPSILON = 1e-5
 _ONE_HOT_UP_TO = 1024
@@ -94,7 +96,8 @@ class Scale(nn.Module):
 
 
 class AddNorm(nn.Module):
-    """Adds a branch, under dropout, to the residual stream, and normalises the stream.
+    """Adds a branch, under dropout, to the residual stream, and normalises the stream. The norm's
+    `scale` (D,) is for the rows of the next kernel.
 
     Attributes:
       config: the model.
@@ -104,16 +107,17 @@ class AddNorm(nn.Module):
     config: ModelConfig
     train: bool
 
-    @nn.compact
+    def setup(self):
+        self.scale = _scale(self, (self.config.width,), ("embed",))
+
     def __call__(
         self, x: Float[Array, "B N D"], branch: Float[Array, "B N D"]
-    ) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"], Float[Array, " D"]]:
-        """Returns the stream, its tokens of unit mean square, and the norm's scale, which is not
-        in them."""
+    ) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"]]:
+        """Returns the stream, and its tokens of unit mean square."""
         config, seeds = self.config, None
         if self.train and config.dropout:
             seeds = token_seeds(self.make_rng("dropout"), x.shape[:2])
-        x, y = add_norm(
+        return add_norm(
             x,
             branch,
             seeds,
@@ -122,7 +126,6 @@ class AddNorm(nn.Module):
             implementation=passes(config),
             batch_axes=mesh_axes("batch", x.shape[0]),
         )
-        return x, y, _scale(self, (config.width,), ("embed",))
 
 
 def _scale(module: Scale | AddNorm, shape: tuple[int, ...], axes: tuple[str, ...]) -> Array:
@@ -136,16 +139,26 @@ class FeedForward(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    def setup(self):
         shape, axes = (self.config.width, ffn_width(self.config)), ("embed", "mlp")
-        gate, up = (Kernel(self.config, shape, axes, name=name)() for name in ("gate", "up"))
-        return swiglu(
-            x,
-            gate,
-            up,
-            Kernel(self.config, shape[::-1], axes[::-1], name="down")(),
-            implementation=passes(self.config),
-            batch_axes=mesh_axes("batch", x.shape[0]),
-            hidden_axes=mesh_axes("mlp", shape[1]),
-        )
+        self.gate, self.up = (Kernel(self.config, shape, axes) for _ in range(2))
+        self.down = Kernel(self.config, shape[::-1], axes[::-1])
+
+    def kernels(self, x: Float[Array, "B N D"]) -> Named:
+        """Gate and up, joined as they are multiplied with so many tokens, and down."""
+        gate_up = keep(join(self.gate(), self.up(), x.shape[:2], **self._options(x)))
+        between = (None,) * (gate_up.ndim - 2)
+        return {
+            "gate_up": (gate_up, ("embed", *between, "mlp")),
+            "down": (self.down(), ("mlp", "embed")),
+        }
+
+    def __call__(self, x: Float[Array, "B N D"], kernels: Kernels) -> Float[Array, "B N D"]:
+        return swiglu(x, kernels["gate_up"], kernels["down"], **self._options(x))
+
+    def _options(self, x):
+        return {
+            "implementation": passes(self.config),
+            "batch_axes": mesh_axes("batch", x.shape[0]),
+            "hidden_axes": mesh_axes("mlp", ffn_width(self.config)),
+        }

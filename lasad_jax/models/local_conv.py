@@ -5,11 +5,13 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.exchange import Named
 from lasad_jax.models.layers import normal_init
 from lasad_jax.models.operator import mesh_axes, passes
 from lasad_jax.ops.passes.local_conv import TAPS, local_conv, next_token, num_recent
 
 NUM_PREFIX = 1
+_AXES = ("taps", "embed")
 
 
 class LocalConv(nn.Module):
@@ -20,12 +22,21 @@ class LocalConv(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
+    def setup(self):
+        init = nn.with_logical_partitioning(normal_init, _AXES)
+        shape = (len(TAPS), self.config.width)
+        self.kernel = self.param("kernel", init, shape, self.config.param_dtype)
+
+    def kernels(self) -> Named:
+        """The weights of the neighbours."""
+        return {"taps": (self.kernel, _AXES)}
+
     def __call__(
         self,
         x: Float[Array, "B N D"],
         recent: Float[Array, "B W D"] | None = None,
         index: Int[Array, ""] | int = 0,
+        taps: Float[Array, "13 D"] | None = None,
     ) -> tuple[Float[Array, "B N D"], Float[Array, "B W D"] | None]:
         """Convolves a sequence from its start, or one token after those in `recent`.
 
@@ -33,22 +44,22 @@ class LocalConv(nn.Module):
           x: tokens from the start, or one token where `index` tokens came before.
           recent: from `init_recent`, or what was returned; None where nothing will follow.
           index: number of tokens before x.
+          taps: `kernels` as `exchanged` returns them; its own if None.
 
         Returns:
           the convolved tokens and the ring after them.
         """
         config, num_tokens = self.config, x.shape[1]
-        init = nn.with_logical_partitioning(normal_init, ("taps", "embed"))
-        kernel = self.param("kernel", init, (len(TAPS), x.shape[-1]), config.param_dtype)
+        taps = self.kernel if taps is None else taps
         if num_tokens == 1 and recent is not None:
             y, recent = next_token(
-                x[:, 0], recent, index, kernel, columns=config.grid[1], num_prefix=NUM_PREFIX
+                x[:, 0], recent, index, taps, columns=config.grid[1], num_prefix=NUM_PREFIX
             )
             return y[:, None], recent
 
         y = local_conv(
             x,
-            kernel,
+            taps,
             grid=config.grid,
             num_prefix=NUM_PREFIX,
             implementation=passes(config),

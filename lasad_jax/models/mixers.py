@@ -1,8 +1,8 @@
 """How tokens exchange information: LASAD, and the softmax attention it is measured against.
 
 A mixer takes a sequence from its start (`cache` None or fresh) or, with a cache, the one
-token that comes next, as `AddNorm` returns them; it returns its output and the cache after
-it. LASAD's cache is the operator's state.
+token that comes next, as `AddNorm` returns them, and its `kernels()` after their `exchange`; it
+returns its output and the cache after it. LASAD's cache is the operator's state.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.exchange import Kernels, Named
 from lasad_jax.models.layers import NORM_EPSILON, Kernel, Scale
 from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.models.operator import linear_attention, mesh_axes, num_devices, passes
@@ -30,7 +31,7 @@ from lasad_jax.ops.product import product
 _HEADS = ("embed", "heads", "head_dim")
 _OUT = ("heads", "head_dim", "embed")
 # Columns that the content gate's one is filled up to: rows of 16 bytes, as tensor cores read.
-_ALIGNMENT = 8
+GATE_COLUMNS = 8
 FAMILIES = {
     "none": ops.NoDecay,
     "sequence": ops.SequenceDecay,
@@ -61,14 +62,12 @@ def _half_life_init(longest: int):
 
 
 class DecayGate(Kernel):
-    """The parameters of the content gate, one number for each token and head."""
+    """The parameters of the content gate, one number for each token and head: the kernel, and a
+    `bias`."""
 
-    @nn.compact
-    def __call__(self) -> tuple[Float[Array, "D H"], Float[Array, " H"]]:
-        """The kernel, and a bias in float32."""
+    def setup(self):
         init = nn.with_logical_partitioning(nn.initializers.constant(_GATE_BIAS), self.axes[1:])
-        bias = self.param("bias", init, self.shape[1:], jnp.dtype(self.config.param_dtype))
-        return super().__call__(), bias.astype(jnp.float32)
+        self.bias = self.param("bias", init, self.shape[1:], jnp.dtype(self.config.param_dtype))
 
 
 class LASADMixer(nn.Module):
@@ -76,30 +75,51 @@ class LASADMixer(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
+    def setup(self):
+        config = self.config
+        kernel = lambda size: Kernel(config, (config.width, config.num_heads, size), _HEADS)
+        self.q, self.k = kernel(config.query_dim), kernel(config.query_dim)
+        self.v, self.out_gate = kernel(config.value_dim), kernel(config.value_dim)
+        if config.selective:
+            self.decay_gate = DecayGate(config, (config.width, config.num_heads), _HEADS[:2])
+        self.norm = Scale(config, (config.num_heads, config.value_dim), _HEADS[1:])
+        self.out = Kernel(config, _out_shape(config), _OUT)
+        self.rates = {
+            name: self.param(name, _half_life_init(longest), (config.num_heads,), jnp.float32)
+            for name, longest in _longest_half_lives(config).items()
+        }
+
+    def kernels(self) -> Named:
+        """Each head's [q | k | v | output's gate | content gate | padding] as one kernel, and the
+        output's."""
+        kernels = [self.q(), self.k(), self.v(), self.out_gate()]
+        if self.config.selective:
+            gate = self.decay_gate()[..., None]
+            kernels.append(jnp.pad(gate, ((0, 0), (0, 0), (0, GATE_COLUMNS - 1))))
+        # Joined within each head, so that heads can still be split over a mesh.
+        heads = keep(jnp.concatenate(kernels, axis=-1))
+        self.norm()  # in the rows of the output's (`fold_norms`)
+        return {"heads": (heads, _HEADS), "out": (self.out(), _OUT)}
+
     def __call__(
-        self, x: Float[Array, "B N D"], cache: ops.State | None = None
+        self, x: Float[Array, "B N D"], kernels: Kernels, cache: ops.State | None = None
     ) -> tuple[Float[Array, "B N D"], ops.State | None]:
         config = self.config
         one_step = cache is not None and x.shape[1] == 1
         index = cache.index if one_step else 0
-        y, bias = self._project(x)
+        heads = mesh_axes("heads", config.num_heads)
+        y = keep(product(x, kernels["heads"], feature_axes=heads))
+        bias = self.decay_gate.bias.astype(jnp.float32) if config.selective else None
         table = None
         if config.rope:
             table = turns(config.grid, config.query_dim, index, x.shape[1], prefix_scale=1.0)
-        decay, state = self._decay(), None
-        # In the rows of the next kernel.
-        Scale(config, (config.num_heads, config.value_dim), _HEADS[1:], name="norm")()
-        kernel = Kernel(config, _out_shape(config), _OUT, name="out")()
+        decay, state = decay_of(config, self.rates.get), None
         q_scale = config.query_dim**-0.5
-        over = {
-            "batch_axes": mesh_axes("batch", x.shape[0]),
-            "head_axes": mesh_axes("heads", config.num_heads),
-        }
+        over = {"batch_axes": mesh_axes("batch", x.shape[0]), "head_axes": heads}
         if cache is None and self._mixes_heads(y, decay):
             steps = log_factors(decay, x.shape[1], config.grid)
             options = {"q_scale": q_scale, "epsilon": NORM_EPSILON, **over}
-            return mixed_heads_product(y, kernel, steps, bias, table, **options), None
+            return mixed_heads_product(y, kernels["out"], steps, bias, table, **options), None
         over["implementation"] = passes(config)
         q, k, v, log_gate, y = split_heads(
             y,
@@ -136,33 +156,13 @@ class LASADMixer(nn.Module):
         out = gated_heads_product(
             out,
             y,
-            kernel,
+            kernels["out"],
             gate_start=2 * config.query_dim + config.value_dim,
             epsilon=NORM_EPSILON,
             partial_gradient=True,
             **over,
         )
         return out, state
-
-    def _project(
-        self, x: Float[Array, "B N D"]
-    ) -> tuple[Float[Array, "B N H W"], Float[Array, " H"] | None]:
-        """Each head's [q | k | v | output's gate | content gate | padding] as one product, and
-        the content gate's bias."""
-        config, bias = self.config, None
-        sizes = {"q": config.query_dim, "k": config.query_dim}
-        sizes |= {"v": config.value_dim, "out_gate": config.value_dim}
-        kernels = [
-            Kernel(config, (config.width, config.num_heads, size), _HEADS, name=name)()
-            for name, size in sizes.items()
-        ]
-        if config.selective:
-            shape = (config.width, config.num_heads)
-            gate, bias = DecayGate(config, shape, _HEADS[:2], name="decay_gate")()
-            kernels.append(jnp.pad(gate[..., None], ((0, 0), (0, 0), (0, _ALIGNMENT - 1))))
-        # Joined within each head, so that heads can still be split over a mesh.
-        joined = keep(jnp.concatenate(kernels, axis=-1))
-        return keep(product(x, joined, feature_axes=mesh_axes("heads", config.num_heads))), bias
 
     def _mixes_heads(self, y: Float[Array, "B N H W"], decay: ops.Decay) -> bool:
         """Whether all that lies between the projections runs as one kernel each way."""
@@ -171,17 +171,15 @@ class LASADMixer(nn.Module):
         widths = config.query_dim, config.value_dim
         return config.implementation == "auto" and choice.mixes_heads(y, widths, decay, devices)
 
-    def _decay(self) -> ops.Decay:
-        rows, columns = self.config.grid
-        tokens = rows * columns
-        longest = {"rate": tokens, "row_rate": rows, "column_rate": tokens}
-        if self.config.decay == "manhattan":
-            longest["column_rate"] = columns
-        shape = (self.config.num_heads,)
-        return decay_of(
-            self.config,
-            lambda name: self.param(name, _half_life_init(longest[name]), shape, jnp.float32),
-        )
+
+def _longest_half_lives(config: ModelConfig) -> dict[str, int]:
+    """In steps, for each rate of the decay."""
+    rows, columns = config.grid
+    tokens = rows * columns
+    longest = {"rate": tokens, "row_rate": rows, "column_rate": tokens}
+    if config.decay == "manhattan":
+        longest["column_rate"] = columns
+    return {field.name: longest[field.name] for field in dataclasses.fields(FAMILIES[config.decay])}
 
 
 def decay_of(
@@ -212,15 +210,24 @@ class SoftmaxMixer(nn.Module):
 
     config: ModelConfig
 
-    @nn.compact
-    def __call__(
-        self, x: Float[Array, "B N D"], cache: SoftmaxCache | None = None
-    ) -> tuple[Float[Array, "B N D"], SoftmaxCache | None]:
+    def setup(self):
         config = self.config
         shape = (config.width, config.num_heads, config.value_dim)
-        kernels = (Kernel(config, shape, _HEADS, name=name)() for name in ("q", "k", "v"))
+        self.q, self.k, self.v = (Kernel(config, shape, _HEADS) for _ in range(3))
+        self.out = Kernel(config, _out_shape(config), _OUT)
+
+    def kernels(self) -> Named:
+        """Of queries, keys, values and the output."""
+        inputs = {"q": self.q, "k": self.k, "v": self.v}
+        named = {name: (kernel(), _HEADS) for name, kernel in inputs.items()}
+        return named | {"out": (self.out(), _OUT)}
+
+    def __call__(
+        self, x: Float[Array, "B N D"], kernels: Kernels, cache: SoftmaxCache | None = None
+    ) -> tuple[Float[Array, "B N D"], SoftmaxCache | None]:
+        config = self.config
         heads = mesh_axes("heads", config.num_heads)
-        q, k, v = (keep(product(x, kernel, feature_axes=heads)) for kernel in kernels)
+        q, k, v = (keep(product(x, kernels[name], feature_axes=heads)) for name in ("q", "k", "v"))
         index = 0 if cache is None else cache.index
         if config.rope:
             table = turns(config.grid, config.query_dim, index, x.shape[1], prefix_scale=0.0)
@@ -237,8 +244,7 @@ class SoftmaxMixer(nn.Module):
             cache = SoftmaxCache(k, v, index + x.shape[1])
             seen = index + jnp.arange(x.shape[1])[:, None] >= jnp.arange(k.shape[1])
             out = jax.nn.dot_product_attention(q, k, v, mask=seen[None, None])
-        out = keep(product(out, Kernel(config, _out_shape(config), _OUT, name="out")(), 2))
-        return out, cache
+        return keep(product(out, kernels["out"], 2)), cache
 
 
 def _softmax_implementation(q: Array) -> str | None:

@@ -12,6 +12,7 @@ from lasad_jax.config import Config, MeshConfig
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.counts import attention_flops, product_flops
 from lasad_jax.models.generator import LASADGen, abstract_parameters
+from lasad_jax.models.mixers import GATE_COLUMNS
 from lasad_jax.planning.collectives import Collective, collective
 from lasad_jax.planning.compiling import Memory, Step
 from lasad_jax.planning.topologies import Topology
@@ -116,13 +117,16 @@ def _collectives(config: ModelConfig, mesh: AbstractMesh, images: int) -> list[C
 
 
 def _sends_once(config: ModelConfig, mesh: AbstractMesh) -> bool:
-    """Whether parameters in parts are put together once and kept (`models.gathered`)."""
+    """Whether parameters in parts are put together once and kept (`models.exchange`)."""
     return mesh.shape["fsdp"] > 1 and config.remat in ("none", "cheap")
 
 
 def _parameter_bytes(config: ModelConfig, mesh: AbstractMesh) -> float:
-    """Of all parameters that a device needs, in the dtype of computation."""
+    """Of all parameters that a device needs, as they are multiplied."""
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(config)))
+    if config.mixer == "lasad" and config.selective:
+        filled = GATE_COLUMNS - 1
+        parameters += config.num_layers * config.width * config.num_heads * filled
     return _width(config) * parameters / mesh.shape["tensor"]
 
 

@@ -17,7 +17,7 @@ from lasad_jax.training.state import TrainState, learning_rate, make_optimizer, 
 
 Batch = dict[str, Array]
 
-# A layer's parameters come together at once (`models.gathered`), of any size.
+# A layer's parameters come together at once (`models.exchange`), of any size.
 _GPU_OPTIONS = {"xla_gpu_all_gather_combine_threshold_bytes": 2**30}
 
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from test_sharding import collectives
 from tiny import one_device_mesh, tiny_config
 
-from lasad_jax.models.gathered import gathered, moment
+from lasad_jax.models.exchange import exchanged
 from lasad_jax.training import cross_entropy, sharding
 from lasad_jax.training.state import abstract_state
 from lasad_jax.training.step import jit_step, make_train_step
@@ -39,31 +39,31 @@ def gathers(text):
     return collections.Counter(map(math.prod, arrays))
 
 
-@pytest.mark.parametrize(("remat", "again"), [("cheap", 0), ("lean", 3), ("block", 9)])
+@pytest.mark.parametrize(("remat", "again"), [("cheap", 0), ("lean", 3), ("block", 3)])
 def test_a_layers_parameters_are_sent_once_or_again(remat, again, monkeypatch):
     # Logits of several parts, each of which reads the head.
     monkeypatch.setattr(cross_entropy, "MAX_LOGITS", 2 * 2 * 15 * VOCAB // 6)
     found = gathers(compiled_step(remat))
-    # gate, up and down of three layers. Backward, "lean" has gate and up, joined, but not down.
-    assert found[WIDTH * HIDDEN] == 9 + again
+    # down, and gate with up, of three layers.
+    assert found[WIDTH * HIDDEN] == found[WIDTH * 2 * HIDDEN] == 3 + again
     assert found[WIDTH * VOCAB] == 2  # the head, and the embedding of tokens
 
 
 def test_values_and_gradients_are_those_of_one_device():
     rng = np.random.default_rng()
-    values = {"kernel": rng.standard_normal((16, 3, 5)), "scale": rng.standard_normal(16)}
-    axes = {"kernel": ("embed", "heads", "head_dim"), "scale": ("embed",)}
+    values = {"heads": rng.standard_normal((16, 3, 5)), "out": rng.standard_normal((5, 16))}
+    axes = {"heads": ("embed", "heads", "head_dim"), "out": (None, "embed")}
     x = rng.standard_normal((8, 2, 16))
 
     def loss(params, x):
-        x, after = moment(x)
-        y, before = moment(2 * x)
-        params = gathered(params, axes, after, before)
-        return jax.numpy.sum(jax.numpy.sin((y * params["scale"]) @ params["kernel"][:, 1]))
+        kernels = {name: (kernel, axes[name]) for name, kernel in params.items()}
+        x, y, kernels = exchanged(x, 2 * x, kernels)
+        y = jax.numpy.sin(y @ kernels["heads"][:, 1]) @ kernels["out"]
+        return jax.numpy.sum(y * x)
 
     expected = jax.value_and_grad(loss, (0, 1))(values, x)
     mesh = sharding.make_mesh(tiny_config(mesh={"data": 2, "fsdp": 4}).mesh)
-    parts = {"kernel": PartitionSpec("fsdp"), "scale": PartitionSpec("fsdp")}
+    parts = {"heads": PartitionSpec("fsdp"), "out": PartitionSpec(None, "fsdp")}
     images = PartitionSpec(sharding.BATCH_AXES)
     put = lambda tree, specs: jax.tree.map(
         lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs
@@ -73,12 +73,15 @@ def test_values_and_gradients_are_those_of_one_device():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, expected
     )
-    (gradient, _) = ours[1]
-    assert gradient["kernel"].sharding.spec[0] == "fsdp"
+    for name, gradient in ours[1][0].items():
+        assert gradient.sharding.spec == parts[name]
 
 
 def test_whole_parameters_are_left_alone():
-    kernel = np.zeros((16, 3))
+    kernel, x = np.zeros((16, 3)), np.zeros((2, 5, 16))
     config = tiny_config()
     with jax.set_mesh(one_device_mesh(config)), nn.logical_axis_rules(sharding.RULES):
-        assert gathered({"a": kernel}, {"a": ("embed", "mlp")}, 0.0, 0.0)["a"] is kernel
+        left = exchanged(x, x, {"a": (kernel, ("embed", "mlp"))})
+    assert left[0] is x
+    assert left[1] is x
+    assert left[2]["a"] is kernel

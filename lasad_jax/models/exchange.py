@@ -1,0 +1,100 @@
+"""What devices that share parameters send each other of a layer's kernels, and when: their parts,
+forward, and sums of gradients, backward.
+
+Left alone, XLA decides for each use of a kernel in parts (the mesh's "fsdp" axis) how these come
+together: the head's, say, once for each part of the logits, and those of all layers before the
+first layer begins; and it adds gradients up behind the whole backward pass, to where it holds all
+of them. Here a layer's kernels are sent together, once, while the branch before is computed, and
+kept for the backward pass like other things that take a single pass to make again (`ops.keep`).
+Backward, a layer's gradients are added up while the branch before takes its own.
+"""
+
+import functools
+
+import jax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+from lasad_jax.models.operator import mesh_axes, num_devices
+from lasad_jax.ops.keep import keep
+
+# The logical axis of kernels that no activation is split along.
+_STORED = "embed"
+# Arrays as they are multiplied, and the logical names of their axes.
+Named = dict[str, tuple[Array, tuple[str | None, ...]]]
+Kernels = dict[str, Array]
+_Specs = tuple[tuple[str, PartitionSpec], ...]
+
+
+def exchanged(
+    x: Float[Array, "B N D"], branch: Float[Array, "B N D"], kernels: Named
+) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"], Kernels]:
+    """The same tokens to go on with, and kernels with all of their "embed" axis on every device.
+
+    Args:
+      x: tokens that are there a while before the branch, and needed a while after it. Once x is
+        there, the kernels are sent; backward, x waits for the sums of their gradients.
+      branch: tokens that are used together with the kernels, which no one makes anything of before.
+        (XLA likes to do the same for several layers at once.)
+      kernels: what is read next, in the dtype to be sent, which is the branch's but for small ones:
+        nobody waits for their sums, which would be an exchange of their own.
+    """
+    arrays = {name: kernel for name, (kernel, _) in kernels.items()}
+    if num_devices(_STORED, x.shape[2]) == 1:
+        return x, branch, arrays
+    parts, together = _specs(kernels, ()), _specs(kernels, (_STORED,))
+    awaited = tuple(name for name, kernel in arrays.items() if kernel.dtype == branch.dtype)
+    # Held where they lie, or what made them would be done on all of them everywhere.
+    x, arrays = _once_there(x, _hold(arrays, parts, parts), awaited)
+    branch, arrays = _wait(branch, _hold(arrays, together, parts))
+    return x, branch, keep(arrays, if_room=True)
+
+
+def _specs(kernels: Named, whole: tuple[str, ...]) -> _Specs:
+    """How kernels lie on the mesh, axes of these names not split."""
+
+    def spec(kernel, axes):
+        sizes = zip(axes, kernel.shape, strict=True)
+        return PartitionSpec(*(None if axis in whole else mesh_axes(axis, n) for axis, n in sizes))
+
+    return tuple((name, spec(*kernel)) for name, kernel in kernels.items())
+
+
+# Of what waits together, XLA forgets what nobody else takes: all that does here is taken.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _once_there(x: Array, kernels: Kernels, awaited: tuple[str, ...]) -> tuple[Array, Kernels]:
+    """x, and kernels that are sent once x is there."""
+    return jax.lax.optimization_barrier((x, kernels))
+
+
+def _once_added(awaited, _, gradients):
+    d_x, d_kernels = gradients
+    waiting = {name: d_kernels[name] for name in awaited}
+    d_x, waiting = jax.lax.optimization_barrier((d_x, waiting))
+    return d_x, d_kernels | waiting
+
+
+_once_there.defvjp(lambda *args: (_once_there(*args), None), _once_added)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _hold(kernels: Kernels, there: _Specs, gradients: _Specs) -> Kernels:
+    """Kernels that lie as `there` says, and their gradients as `gradients`."""
+    return {name: jax.lax.with_sharding_constraint(kernels[name], spec) for name, spec in there}
+
+
+_hold.defvjp(
+    lambda kernels, there, gradients: (_hold(kernels, there, gradients), None),
+    lambda there, gradients, _, d_kernels: (_hold(d_kernels, gradients, gradients),),
+)
+
+
+@jax.custom_vjp
+def _wait(branch: Array, kernels: Kernels) -> tuple[Array, Kernels]:
+    """The same; neither is used before the other is there. Their gradients do not wait."""
+    return jax.lax.optimization_barrier((branch, kernels))
+
+
+_wait.defvjp(lambda *args: (_wait(*args), None), lambda _, gradients: gradients)
