@@ -62,7 +62,10 @@ def test_rows_of_eight_devices(tmp_path, capsys, monkeypatch):
     tables = read_rows(tmp_path)
     printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| tiny")]
     assert len(printed) == sum(len(tables[name]) for name in scaling_rows.TABLES)
-    assert tables["about"][0]["devices"] == [1, 8]
+    (about,) = tables["about"]
+    assert about["devices"] == [1, 8]
+    assert len(about["products"]) == 8
+    assert all(1e7 < rate < 1e15 for rate in about["products"])
 
     training = tables["training"]
     assert [(row["run"], row["devices"]) for row in training] == [

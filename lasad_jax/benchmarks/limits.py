@@ -1,5 +1,7 @@
 """What the device can do at best, measured in the same run: copies, matrix products, memory."""
 
+import concurrent.futures
+
 import jax
 import jax.numpy as jnp
 
@@ -30,6 +32,17 @@ def product_flops_per_second(size: int, *, repeats: int, min_seconds: float = 0.
     x, y = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)
     runs = seconds_per_call(jax.jit(jnp.matmul), [(x, y)], repeats=repeats, min_seconds=min_seconds)
     return 2 * size**3 / min(runs)
+
+
+def product_flops_of_each(size: int, *, repeats: int, min_seconds: float = 0.0) -> list[float]:
+    """`product_flops_per_second` of every device, all at work at once."""
+
+    def of(device: jax.Device) -> float:
+        with jax.default_device(device):
+            return product_flops_per_second(size, repeats=repeats, min_seconds=min_seconds)
+
+    with concurrent.futures.ThreadPoolExecutor(len(jax.devices())) as pool:
+        return list(pool.map(of, jax.devices()))
 
 
 def compiled_bytes(compiled: jax.stages.Compiled) -> int:

@@ -22,7 +22,7 @@ from absl import flags
 
 import lasad_jax
 from lasad_jax import command
-from lasad_jax.benchmarks import draw_rows, mesh_rows, meshes, results
+from lasad_jax.benchmarks import draw_rows, limits, mesh_rows, meshes, results
 from lasad_jax.benchmarks.compiling import Compilation
 from lasad_jax.benchmarks.draw_rows import Drawing
 from lasad_jax.benchmarks.generators import GeneratorCase
@@ -64,11 +64,13 @@ _ON_ACCELERATOR = {
     ],
     "draw": "B:128x16x16",
     "images": 4096,
+    "product": 8192,
 }
 _ON_CPU = {
     "runs": ["tiny:8x4x4/data", "tiny:8x4x4/fsdp"],
     "draw": "tiny:8x4x4",
     "images": 64,
+    "product": 256,
 }
 _HOW = {"repeats": 5, "min_seconds": 0.3}
 _HOW_ON_CPU = {"repeats": 2, "min_seconds": 0.0}
@@ -111,19 +113,23 @@ def main() -> None:
     for drawing in drawings:
         lowers |= drawing.lowers
 
+    kind = jax.devices()[0].device_kind
+    print(f"{kind}, {counts[-1]} of them, jax {jax.__version__}", flush=True)
+    programs = Compilation(lowers, {("step", run): xla[run.flags] for run in runs if run.flags})
+    programs.wait(max(0.0, 60 * _COMPILE_MINUTES.value - passed()))
+    print(f"{passed():.0f} s: {programs.unfinished} of {len(lowers)} programs not compiled yet")
     rows = Rows()
     about = {
-        "device": jax.devices()[0].device_kind,
+        "device": kind,
         "devices": counts,
+        "products": limits.product_flops_of_each(sizes["product"], **_how()),
         "versions": {"jax": jax.__version__, "lasad_jax": lasad_jax.__version__},
         "xla": xla,
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
     }
     rows.write("about", about)
-    print(f"{about['device']}, {counts[-1]} of them, jax {jax.__version__}", flush=True)
-    programs = Compilation(lowers, {("step", run): xla[run.flags] for run in runs if run.flags})
-    programs.wait(max(0.0, 60 * _COMPILE_MINUTES.value - passed()))
-    print(f"{passed():.0f} s: {programs.unfinished} of {len(lowers)} programs not compiled yet")
+    rates = ", ".join(f"{rate / 1e12:.3g}" for rate in about["products"])
+    print(f"products in bf16, all devices at once: {rates} TFLOP/s", flush=True)
 
     training = _run_parts(runs, programs)
     pending = [part for part in training if not part.label["flags"]]
@@ -185,9 +191,7 @@ def _in_turn(
 
 
 def _run_parts(runs: list[Run], programs: Compilation) -> list[Part]:
-    how = dict(_HOW_ON_CPU if results.on_cpu() else _HOW)
-    how["repeats"] = results.REPEATS.value or how["repeats"]
-    timed = {}
+    how, timed = _how(), {}
 
     def make(run: Run) -> dict:
         timed[run] = mesh_rows.time_row(run, programs, how)
@@ -203,6 +207,11 @@ def _run_parts(runs: list[Run], programs: Compilation) -> list[Part]:
         )
         for run in runs
     ]
+
+
+def _how() -> dict:
+    how = dict(_HOW_ON_CPU if results.on_cpu() else _HOW)
+    return how | {"repeats": results.REPEATS.value or how["repeats"]}
 
 
 def _losses_part(run: Run, devices: int, programs: Compilation) -> Part:
