@@ -24,7 +24,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Int
 
-from lasad_jax.ops.kernels import grid_barrier
 from lasad_jax.ops.kernels.between_conv import NormConv, blocks_of_rows
 from lasad_jax.ops.kernels.between_pipeline import TRANSPOSED, Pipeline, scratch_types
 from lasad_jax.ops.kernels.between_tiling import (
@@ -34,6 +33,7 @@ from lasad_jax.ops.kernels.between_tiling import (
     best_product,
     num_programs,
 )
+from lasad_jax.ops.kernels.grid_barrier import Phases
 from lasad_jax.ops.kernels.mosaic_tiles import COLUMN, TILE, transposed
 
 # What is done of a layer when everybody has signalled it, in this order; then programs leave.
@@ -130,19 +130,9 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
             cluster, rank = lax.axis_index("cluster"), lax.axis_index("rank")
             program = cluster * CLUSTER + rank
         pipeline = Pipeline(cluster, rank, programs // CLUSTER, scratch, interpret)
+        phases = Phases(counters, programs, scratch.get("phases"))
+        signal, wait = phases.signal, phases.wait
         warpgroup = lax.axis_index("wg")
-
-        def signal(phase):
-            if interpret:
-                plgpu.barrier_arrive(scratch[f"phase{phase}"])
-            else:
-                grid_barrier.signal(counters.at[phase])
-
-        def wait(phase):
-            if interpret:
-                plgpu.barrier_wait(scratch[f"phase{phase}"])
-            else:
-                grid_barrier.wait(counters.at[phase], programs)
 
         def wait_for(product, phase):
             """Those who have nothing to do need not wait."""
@@ -262,8 +252,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
             signal(SUMMED)
             for product in following:
                 project(product, projected, slot)
-            if not interpret:
-                grid_barrier.leave(counters, programs)
+            phases.leave()
 
     like = jax.ShapeDtypeStruct
     out_types = [
@@ -289,8 +278,9 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
         # The interpreter runs the programs of a cluster at the same time, and no others.
         axes = {"cluster": (programs,), "cluster_names": ("program",)}
         axes["interpret"] = plgpu.InterpretGPUParams()
-        everybody = plgpu.ClusterBarrier(collective_axes=("program",))
-        scratch_of |= {f"phase{phase}": everybody for phase in PHASES}
+        scratch_of["phases"] = plgpu.ClusterBarrier(
+            collective_axes=("program",), num_barriers=len(PHASES)
+        )
     body.__name__ = "decode_between"
     return plgpu.kernel(
         body,

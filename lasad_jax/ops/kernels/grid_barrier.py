@@ -1,9 +1,14 @@
 """Waiting for other programs of the same launch, through counters in global memory (Mosaic GPU).
 
 Every program must be on a multiprocessor at once, or who waits holds the place of whom it waits
-for: an error after about ten seconds, as when two processes share a GPU under MPS and each holds
-a part of it. Counters are zero when a launch begins, and zero again when it has ended.
+for, as when two processes share a GPU under MPS and each holds a part of it. So nobody waits longer
+than about ten seconds: the launch then ends with a CUDA error ("unspecified launch failure" or
+"illegal instruction"), after which the process can use the GPU no more. Start it again with the
+GPU to itself, or with a form that takes no such launch. Counters are zero when a launch begins,
+and zero again when it has ended.
 """
+
+import dataclasses
 
 import jax
 from jax.experimental.mosaic.gpu import utils as mgpu
@@ -11,6 +16,41 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _REF = plgpu.RefType()
 _MOST_POLLS = 1 << 25  # about ten seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Phases:
+    """Parts of a launch's work, each done when every program has signalled it.
+
+    Attributes:
+      counters: (n, stride) int32: one for each phase, then one to leave by.
+      programs: how many there are.
+      barriers: of each phase, in place of counters where one cluster is all of the launch, as in
+        the interpreter.
+    """
+
+    counters: jax.Ref
+    programs: int
+    barriers: jax.Ref | None = None
+
+    def signal(self, phase: int) -> None:
+        """As `grid_barrier.signal`."""
+        if self.barriers is None:
+            signal(self.counters.at[phase])
+        else:
+            plgpu.barrier_arrive(self.barriers.at[phase])
+
+    def wait(self, phase: int) -> None:
+        """Until all have signalled it. Bulk copies may then read what they wrote."""
+        if self.barriers is None:
+            wait(self.counters.at[phase], self.programs)
+        else:
+            plgpu.barrier_wait(self.barriers.at[phase])
+
+    def leave(self) -> None:
+        """The last thing that a program does, with one of its warpgroups."""
+        if self.barriers is None:
+            leave(self.counters, self.programs)
 
 
 def signal(counter: jax.Ref) -> None:
