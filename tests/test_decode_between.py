@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from kernel_cases import lower, on, quick_jit
+from kernel_cases import lower, quick_jit
 from test_decode_product import NEEDS_JAX_11, exact, normal
 from test_models import tiny_model
 
-from lasad_jax.models import SIZES, LASADGen, ModelConfig, decoder, decoder_forms
+from lasad_jax.models import LASADGen, ModelConfig, decoder, decoder_forms
 from lasad_jax.models.generator import abstract_parameters
 from lasad_jax.ops.kernels import between_tiling, decode_triton
 from lasad_jax.ops.kernels.between_tiling import (
@@ -177,80 +177,6 @@ def test_a_layer_on_hopper_is_two_launches():
     # The same for all layers but the last, of which nothing follows.
     assert text.count("call @_heads_and_rest") == 3
     assert text.count('name = "decode_mix"') == text.count("@mosaic_gpu_v2") - 1 == 2
-
-
-SMALL = {"num_layers": 1, "width": 256, "num_heads": 4, "ffn_width": 512, "dtype": "bfloat16"}
-
-
-def traced(config, rows, prepared_for="auto", implementation="auto"):
-    """The jaxpr of reading labels and a step, with weights prepared in the same program."""
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    params = jax.tree.map(shape, nn.unbox(abstract_parameters(config)))
-    integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    def run(params, labels, tokens):
-        weights = decoder.prepare(config, params, prepared_for)
-        _, cache = decoder.prefill(config, weights, labels, tokens)
-        return decoder.decode(config, weights, labels, cache, implementation=implementation)
-
-    return str(jax.make_jaxpr(run)(params, integers(rows), integers(rows, 0)))
-
-
-@NEEDS_JAX_11
-def test_auto_takes_it_where_it_can_run(monkeypatch, tmp_path):
-    config = ModelConfig(**SMALL)
-    together = lambda *args: "decode_between" in traced(config, *args)
-    with on("H200"):
-        for rows in (64, 67, 512):
-            assert together(rows)
-        for rows in (2, 56, 520):
-            assert not together(rows)
-        for rows in (1, 2, 56):
-            assert "decode_between" in traced(config, rows, "mosaic", "mosaic")
-        assert not together(64, "triton")
-        for changes in ({"local_conv": "off"}, {"dtype": "float32"}, {"ffn_width": 520}):
-            assert "decode_between" not in traced(dataclasses.replace(config, **changes), 64)
-        monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
-        assert together(64)
-        (tmp_path / "control").touch()
-        assert not together(64)
-        assert not together(64, "mosaic")
-        with pytest.raises(ValueError, match="which MPS shares with others; use 'triton'"):
-            traced(config, 64, "mosaic", "mosaic")
-    with on("A100"):
-        assert not together(64)
-        assert not together(64, "mosaic")
-
-
-@pytest.mark.parametrize("size", ["B", "L", "XL"])
-@pytest.mark.parametrize("selective", [False, True])
-def test_the_projection_is_as_wide_as_said(size, selective):
-    sizes = SIZES[size] | {"num_layers": 1, "selective": selective}
-    config = ModelConfig(**sizes, dtype="bfloat16")
-    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    params = jax.tree.map(shape, nn.unbox(abstract_parameters(config)))
-    weights = jax.eval_shape(functools.partial(decoder.prepare, config), params)
-    assert weights.layers[0].projection.shape[1] == decoder_forms.projection_columns(config)
-
-
-@NEEDS_JAX_11
-def test_what_it_cannot_take_is_refused():
-    config = ModelConfig(**SMALL)
-
-    def decode(rows, prepared_for="mosaic", **changes):
-        with on("H200"):
-            model = dataclasses.replace(config, **changes)
-            traced(model, rows, prepared_for, "mosaic")
-
-    decode(64)
-    with pytest.raises(ValueError, match="at most 512 rows, not 520"):
-        decode(520)
-    with pytest.raises(ValueError, match="'mosaic' takes weights that were prepared for it"):
-        decode(64, "triton")
-    with pytest.raises(ValueError, match="bfloat16 and a local convolution, not bfloat16, 'off'"):
-        decode(64, local_conv="off")
-    with pytest.raises(ValueError, match=r"multiples of 64, at least 128, not 256 and .*520"):
-        decode(64, ffn_width=520)
 
 
 @pytest.mark.parametrize(
