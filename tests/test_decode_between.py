@@ -80,6 +80,7 @@ def assert_near(got, want):
         (3, (128, 128, 2560, 192), 4, 4),  # more inputs than shared memory holds at once
         (67, (128, 128, 128, 192), 3, 3),  # rows are no multiple of a tile; tiles taken by turns
         (64, (192, 128, 192, 128), 5, 7),  # most programs have nothing to do
+        (5, (128, 384, 64, 128), 3, 4),  # who takes part in down has no part of gate and up
         (136, (192, 128, 128, None), 1, 6),  # the last layer
     ],
 )
