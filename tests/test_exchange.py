@@ -13,6 +13,7 @@ from test_sharding import collectives
 from tiny import one_device_mesh, tiny_config
 
 from lasad_jax.models.exchange import exchanged
+from lasad_jax.ops.kernels import choice
 from lasad_jax.training import cross_entropy, sharding
 from lasad_jax.training.state import abstract_state
 from lasad_jax.training.step import jit_step, make_train_step
@@ -49,7 +50,9 @@ def test_a_layers_parameters_are_sent_once_or_again(remat, again, monkeypatch):
     assert found[WIDTH * VOCAB] == 2  # the head, and the embedding of tokens
 
 
-def test_values_and_gradients_are_those_of_one_device():
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_values_and_gradients_are_those_of_one_device(platform, monkeypatch):
+    monkeypatch.setattr(choice, "device", lambda: choice.Device(platform, platform))
     rng = np.random.default_rng()
     values = {"heads": rng.standard_normal((16, 3, 5)), "out": rng.standard_normal((5, 16))}
     axes = {"heads": ("embed", "heads", "head_dim"), "out": (None, "embed")}

@@ -12,11 +12,13 @@ Backward, a layer's gradients are added up while the branch before takes its own
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from lasad_jax.models.operator import mesh_axes, num_devices
 from lasad_jax.ops.keep import keep
+from lasad_jax.ops.kernels import choice
 
 # The logical axis of kernels that no activation is split along.
 _STORED = "embed"
@@ -46,7 +48,7 @@ def exchanged(
     awaited = tuple(name for name, kernel in arrays.items() if kernel.dtype == branch.dtype)
     # Held where they lie, or what made them would be done on all of them everywhere.
     x, arrays = _once_there(x, _hold(arrays, parts, parts), awaited)
-    branch, arrays = _wait(branch, _hold(arrays, together, parts))
+    branch, arrays = _wait(branch, _hold(arrays, parts, together))
     return x, branch, keep(arrays, if_room=True)
 
 
@@ -80,15 +82,31 @@ _once_there.defvjp(lambda *args: (_once_there(*args), None), _once_added)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _hold(kernels: Kernels, there: _Specs, gradients: _Specs) -> Kernels:
-    """Kernels that lie as `there` says, and their gradients as `gradients`."""
-    return {name: jax.lax.with_sharding_constraint(kernels[name], spec) for name, spec in there}
+def _hold(kernels: Kernels, parts: _Specs, to: _Specs) -> Kernels:
+    """Kernels that lie as `parts` says, and then as `to`; their gradients as `parts`."""
+    specs = zip(parts, to, strict=True)
+    return {name: _put(kernels[name], spec, other) for (name, spec), (_, other) in specs}
 
 
 _hold.defvjp(
-    lambda kernels, there, gradients: (_hold(kernels, there, gradients), None),
-    lambda there, gradients, _, d_kernels: (_hold(d_kernels, gradients, gradients),),
+    lambda kernels, parts, to: (_hold(kernels, parts, to), None),
+    lambda parts, to, _, d_kernels: (_hold(d_kernels, parts, parts),),
 )
+
+
+def _put(kernel: Array, parts: PartitionSpec, to: PartitionSpec) -> Array:
+    hold = jax.lax.with_sharding_constraint
+    axes = [axis for axis in range(kernel.ndim) if parts[axis] != to[axis]]
+    if axes in ([], [0]) or not choice.device().is_gpu:
+        return hold(kernel, to)
+    # GPUs gather along the first axis. Left to itself, XLA makes a matrix's last one that, and then
+    # transposes the whole matrix; here rows of a device's columns are copied instead.
+    (axis,) = axes
+    num_devices, whole = choice.num_devices(parts[axis]), [*to[:axis], None, *to[axis + 1 :]]
+    split = kernel.reshape(*kernel.shape[:axis], num_devices, -1, *kernel.shape[axis + 1 :])
+    split = hold(jnp.moveaxis(split, axis, 0), PartitionSpec(parts[axis], *whole))
+    split = hold(split, PartitionSpec(None, *whole))
+    return hold(jnp.moveaxis(split, 0, axis).reshape(kernel.shape), to)
 
 
 @jax.custom_vjp
