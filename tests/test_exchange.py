@@ -3,8 +3,10 @@
 import collections
 import itertools
 import math
+import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
@@ -58,8 +60,8 @@ def test_values_and_gradients_are_those_of_one_device():
     def loss(params, x):
         kernels = {name: (kernel, axes[name]) for name, kernel in params.items()}
         x, y, kernels = exchanged(x, 2 * x, kernels)
-        y = jax.numpy.sin(y @ kernels["heads"][:, 1]) @ kernels["out"]
-        return jax.numpy.sum(y * x)
+        y = jnp.sin(y @ kernels["heads"][:, 1]) @ kernels["out"]
+        return jnp.sum(y * x)
 
     expected = jax.value_and_grad(loss, (0, 1))(values, x)
     mesh = sharding.make_mesh(tiny_config(mesh={"data": 2, "fsdp": 4}).mesh)
@@ -75,6 +77,30 @@ def test_values_and_gradients_are_those_of_one_device():
     )
     for name, gradient in ours[1][0].items():
         assert gradient.sharding.spec == parts[name]
+
+
+def test_who_waits_for_what():
+    """Forward kernels for the tokens they are sent after, and the branch for kernels; backward
+    those tokens for the sums of gradients, but not for those of a few numbers in another dtype."""
+    shapes = {"heads": (16, 3, 8), "down": (40, 16), "taps": (13, 16)}
+    axes = {"heads": ("embed", "heads", None), "down": ("mlp", "embed"), "taps": ("taps", "embed")}
+    kernels = {name: jnp.ones(shape, jnp.bfloat16) for name, shape in shapes.items()}
+    kernels["taps"] = jnp.ones(shapes["taps"])
+    x = jnp.ones((8, 5, 16), jnp.bfloat16)
+
+    def loss(kernels, x):
+        named = {name: (kernel, axes[name]) for name, kernel in kernels.items()}
+        x, branch, kernels = exchanged(x, 2 * x, named)
+        return sum(jnp.sum(y) for y in (x, branch, *kernels.values()))
+
+    mesh = sharding.make_mesh(tiny_config(mesh={"data": 2, "fsdp": 4}).mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        text = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(kernels, x).as_text()
+    lines = re.findall(r"optimization_barrier .* : (.*)", text)
+    numbers = [[tuple(map(int, re.findall(r"\d+(?=x)", y))) for y in x.split(", ")] for x in lines]
+    everything = sorted([x.shape, *shapes.values()])
+    added = sorted([x.shape, shapes["heads"], shapes["down"]])
+    assert list(map(sorted, numbers)) == [everything, everything, added]
 
 
 def test_whole_parameters_are_left_alone():

@@ -60,7 +60,7 @@ def _specs(kernels: Named, whole: tuple[str, ...]) -> _Specs:
     return tuple((name, spec(*kernel)) for name, kernel in kernels.items())
 
 
-# Of what waits together, XLA forgets what nobody else takes: all that does here is taken.
+# A barrier holds back nobody for what only it takes: XLA drops that. What waits here is all used.
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
