@@ -238,6 +238,8 @@ def test_bad_input_is_refused():
         got = rf"got {other.dtype}\({len(other)}, 24\)"
         with pytest.raises(ValueError, match=r"up: expected float32 of shape \(16, 24\), " + got):
             join(gate, other, x.shape[:2])
+    with pytest.raises(ValueError, match=r"up: expected float32 of shape \(8, 24\), got"):
+        join(gate[:8], up, x.shape[:2])
     good = {"x": x, "gate_up": join(gate, up, x.shape[:2]), "down": down}
     joined = r"gate_up: expected \(16, 2, F\) or \(16, 2 \* F\), got "
     cases = [

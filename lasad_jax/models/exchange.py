@@ -45,8 +45,8 @@ def exchanged(
     parts, together = _specs(kernels, ()), _specs(kernels, (_STORED,))
     awaited = tuple(name for name, kernel in arrays.items() if kernel.dtype == branch.dtype)
     # Held where they lie, or what made them would be done on all of them everywhere.
-    x, arrays = _once_there(x, _hold(arrays, parts, parts), awaited)
-    branch, arrays = _wait(branch, _hold(arrays, together, parts))
+    x, arrays = _once_there(x, _hold(arrays, parts), awaited)
+    branch, arrays = _wait(branch, _gather(arrays, together, parts))
     return x, branch, keep(arrays, if_room=True)
 
 
@@ -79,15 +79,19 @@ def _once_added(awaited, _, gradients):
 _once_there.defvjp(lambda *args: (_once_there(*args), None), _once_added)
 
 
+def _hold(kernels: Kernels, specs: _Specs) -> Kernels:
+    return {name: jax.lax.with_sharding_constraint(kernels[name], spec) for name, spec in specs}
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _hold(kernels: Kernels, there: _Specs, gradients: _Specs) -> Kernels:
-    """Kernels that lie as `there` says, and their gradients as `gradients`."""
-    return {name: jax.lax.with_sharding_constraint(kernels[name], spec) for name, spec in there}
+def _gather(kernels: Kernels, together: _Specs, parts: _Specs) -> Kernels:
+    """Whole kernels, whose gradients are added up where the parts lie."""
+    return _hold(kernels, together)
 
 
-_hold.defvjp(
-    lambda kernels, there, gradients: (_hold(kernels, there, gradients), None),
-    lambda there, gradients, _, d_kernels: (_hold(d_kernels, gradients, gradients),),
+_gather.defvjp(
+    lambda kernels, together, parts: (_gather(kernels, together, parts), None),
+    lambda together, parts, _, d_kernels: (_hold(d_kernels, parts),),
 )
 
 
