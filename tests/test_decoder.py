@@ -64,7 +64,7 @@ def decoded(config, variables, tokens, labels, num_given, *, plain_only=False):
         logits = jax.lax.scan(plain, cache, rest)[1]
         if plain_only:
             return logits
-        return logits, jax.lax.scan(fast, decoder.start(config, cache), rest)[1]
+        return logits, jax.lax.scan(fast, decoder.start(config, weights, cache), rest)[1]
 
     return quick_jit(run)(variables, labels, tokens[:, :num_given], rest)
 

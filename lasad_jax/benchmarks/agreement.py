@@ -112,7 +112,8 @@ def _read_fast(
     config: ModelConfig, weights: decoder.Weights, images: dict[str, Int[Array, "B ..."]]
 ) -> Float[Array, "B V"]:
     given, rest = _halves(images["tokens"])
-    features, cache = decoder.prefill(config, weights, images["labels"], given)
+    how = {"implementation": decoding.DECODER.value}
+    features, cache = decoder.prefill(config, weights, images["labels"], given, **how)
     carry = decoder.logits(weights, features), cache
     step = lambda carry, codes: (decoding.step(config, weights, codes, carry[1]), None)
     return jax.lax.scan(step, carry, rest.T)[0][0]

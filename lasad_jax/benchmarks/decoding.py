@@ -32,7 +32,8 @@ def begin(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of the first code, and the cache to go on from."""
     nothing = jnp.zeros((len(labels), 0), jnp.int32)
-    features, cache = decoder.prefill(config, weights, labels, nothing)
+    how = {"implementation": DECODER.value}
+    features, cache = decoder.prefill(config, weights, labels, nothing, **how)
     return decoder.logits(weights, features), cache
 
 
@@ -45,5 +46,5 @@ def step(
     config: ModelConfig, weights: Weights, tokens: Int[Array, " B"], cache: Cache
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of the code after `tokens`, and the cache to go on from."""
-    features, cache = decoder.decode(config, weights, tokens, cache, implementation=DECODER.value)
+    features, cache = decoder.decode(config, weights, tokens, cache)
     return decoder.logits(weights, features), cache

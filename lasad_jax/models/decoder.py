@@ -32,8 +32,8 @@ from lasad_jax.models.decoder_weights import Weights, prepare
 from lasad_jax.models.generator import LASADGen
 from lasad_jax.models.layers import NORM_EPSILON
 from lasad_jax.models.local_conv import NUM_PREFIX
-from lasad_jax.ops.kernels import between_tiling
-from lasad_jax.ops.kernels.between_tiling import COUNTERS
+from lasad_jax.ops.kernels.layer_ring import BlockedRing, to_blocks
+from lasad_jax.ops.kernels.layer_tiling import COUNTERS, UNIT, whole_rows
 from lasad_jax.ops.passes.local_conv import TAPS, next_token
 from lasad_jax.ops.ring import Ring, start_ring
 
@@ -54,11 +54,11 @@ class Layer:
     """What a layer remembers.
 
     Attributes:
-      mixer: for `manhattan` the operator's own state.
+      mixer: for `manhattan` the operator's own state; in blocks for "mosaic".
       recent: newest inputs of the local convolution (`local_conv.init_recent`).
     """
 
-    mixer: Ring | ops.State | mixers.KeysValues
+    mixer: Ring | BlockedRing | ops.State | mixers.KeysValues
     recent: Float[Array, "B W D"] | None
 
 
@@ -68,20 +68,32 @@ class Cache:
 
     Attributes:
       counters: what programs of "mosaic" count each other in, zeros between launches.
+      form: that `decode` has (`decoder_forms`).
+      fused: whether its products may be kernels.
     """
 
     index: Int[Array, ""]
     layers: tuple[Layer, ...]
     counters: Int[Array, "phases stride"]
+    form: str = struct.field(pytree_node=False)
+    fused: bool = struct.field(pytree_node=False)
 
 
 def prefill(
-    config: ModelConfig, weights: Weights, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
+    config: ModelConfig,
+    weights: Weights,
+    labels: Int[Array, " B"],
+    tokens: Int[Array, "B n"],
+    *,
+    implementation: str = "auto",
 ) -> tuple[Float32[Array, "B D"], Cache]:
-    """`LASADGen.prefill`: features after the label and the first n codes, and the cache."""
+    """`LASADGen.prefill`: features after the label and the first n codes, and the cache.
+
+    Arguments and errors: as of `start`.
+    """
     model = LASADGen(config, folded=True)
     (features, _), cache = model.apply({"params": weights.params}, labels, tokens, method="read")
-    return features.astype(jnp.float32), start(config, cache)
+    return features.astype(jnp.float32), start(config, weights, cache, implementation=implementation)
 
 
 def logits(weights: Weights, features: Float32[Array, "B D"]) -> Float32[Array, "B V"]:
@@ -90,24 +102,43 @@ def logits(weights: Weights, features: Float32[Array, "B D"]) -> Float32[Array, 
     return jnp.dot(features.astype(head.dtype), head, preferred_element_type=jnp.float32)
 
 
-def start(config: ModelConfig, cache: PyTree) -> Cache:
-    """The decoder's cache from the one that `LASADGen.prefill` returned."""
+def start(
+    config: ModelConfig, weights: Weights, cache: PyTree, *, implementation: str = "auto"
+) -> Cache:
+    """The decoder's cache from the one that `LASADGen.prefill` returned.
+
+    Args:
+      config: the generator's.
+      weights: from `prepare`.
+      cache: of the model.
+      implementation: the form of `decode` from here on, or "auto" for the best that can run,
+        which is "mosaic" if the weights have been prepared for it.
+
+    Raises:
+      ValueError: as `resolve_implementation`, or for weights, or rows, that "mosaic" cannot take.
+    """
     split = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
+    num_rows = len(jax.tree.leaves(split[0].mixer)[0])
+    form = resolve_implementation(config, implementation, num_rows)
+    if form == "mosaic" and weights.pair != UNIT:
+        if implementation == "mosaic":
+            raise ValueError("implementation: 'mosaic' takes weights that were prepared for it")
+        form = "triton"
     if config.mixer == "softmax":
         begin = lambda cache: mixers.KeysValues(cache.k, cache.v)
+    elif config.decay == "manhattan":
+        begin = lambda state: state
+    elif form == "mosaic":
+        begin = lambda state: to_blocks(start_ring(state), whole_rows(num_rows))
     else:
-        begin = (lambda state: state) if config.decay == "manhattan" else start_ring
+        begin = start_ring
     layers = tuple(Layer(begin(layer.mixer), layer.recent) for layer in split)
-    return Cache(split[0].mixer.index, layers, jnp.zeros(COUNTERS, jnp.int32))
+    counters = jnp.zeros(COUNTERS, jnp.int32)
+    return Cache(split[0].mixer.index, layers, counters, form, implementation != "xla")
 
 
 def decode(
-    config: ModelConfig,
-    weights: Weights,
-    tokens: Int[Array, " B"],
-    cache: Cache,
-    *,
-    implementation: str = "auto",
+    config: ModelConfig, weights: Weights, tokens: Int[Array, " B"], cache: Cache
 ) -> tuple[Float32[Array, "B D"], Cache]:
     """Reads one code of each image; returns the features of the next and the new cache.
 
@@ -115,74 +146,64 @@ def decode(
       config: the generator's.
       weights: from `prepare`.
       tokens: codes.
-      cache: from `start` or `decode`.
-      implementation: a form (`decoder_forms`), or "auto" for the best that can run, which is
-        "mosaic" if the weights have been prepared for it.
+      cache: from `prefill`, `start` or `decode`.
 
     Returns:
       the features, of unit mean square, and the cache after the codes.
-
-    Raises:
-      ValueError: as `resolve_implementation`, or for weights, or rows, that "mosaic" cannot take.
     """
-    fused = implementation != "xla"
-    form = resolve_implementation(config, implementation, len(tokens))
-    if form == "mosaic" and weights.pair != between_tiling.UNIT:
-        if implementation == "mosaic":
-            raise ValueError("implementation: 'mosaic' takes weights that were prepared for it")
-        form = "triton"
     x = jnp.take(weights.params["token_embedding"]["embedding"], tokens, axis=0)
-    if form == "mosaic":
-        x, layers, counters = _layers_in_pairs_of_launches(config, weights, x, cache)
+    if cache.form == "mosaic":
+        x, layers, counters = _layers_of_one_launch(config, weights, x, cache)
     else:
         layers, counters = [], cache.counters
         for layer, remembered in zip(weights.layers, cache.layers, strict=True):
-            x, remembered = _layer(
-                config, form, fused, weights.pair, layer, weights.turns, x, remembered, cache.index
-            )
+            how = config, cache.form, cache.fused, weights.pair
+            x, remembered = _layer(*how, layer, weights.turns, x, remembered, cache.index)
             layers.append(remembered)
     features = normalise(x.astype(jnp.float32))
-    return features, Cache(cache.index + 1, tuple(layers), counters)
+    cache = cache.replace(index=cache.index + 1, layers=tuple(layers), counters=counters)
+    return features, cache
 
 
-def _layers_in_pairs_of_launches(config, weights, x, cache):
-    """The heads of a layer, then all from there to the next layer's heads."""
-    following = [layer.projection for layer in weights.layers[1:]] + [None]
-    missing = between_tiling.whole_rows(len(x)) - len(x)
-    x = jnp.pad(x, ((0, missing), (0, 0)))
-    projection = project(True, x, weights.layers[0].projection)
-    layers, counters = [], cache.counters
-    for layer, after, remembered in zip(weights.layers, following, cache.layers, strict=True):
-        x, projection, remembered, counters = _heads_and_rest(
-            config, layer, after, weights.turns, x, projection, remembered, cache.index, counters
+def _layers_of_one_launch(config, weights, x, cache):
+    from lasad_jax.ops.kernels.decode_layer import sums_of_squares
+
+    num_rows = len(x)
+    x = jnp.pad(x, ((0, whole_rows(num_rows) - num_rows), (0, 0)))
+    layers, counters, squares = [], cache.counters, sums_of_squares(x)
+    for layer, remembered in zip(weights.layers, cache.layers, strict=True):
+        x, squares, remembered, counters = _whole_layer(
+            config, layer, weights.head_turns, x, squares, remembered, cache.index, counters
         )
         layers.append(remembered)
-    return x[: len(x) - missing], layers, counters
+    return x[:num_rows], layers, counters
 
 
+# Traced and lowered once for all layers, as `_layer`.
 @functools.partial(jax.jit, static_argnums=0)
-def _heads_and_rest(
-    config, layer, next_projection, turns, x, projection, remembered, index, counters
-):
-    from lasad_jax.ops.kernels import decode_between
+def _whole_layer(config, layer, turns, x, squares, remembered, index, counters):
+    from lasad_jax.ops.kernels import decode_layer
 
-    mixed, state = mixers.lasad("triton", config, layer, turns, projection, remembered.mixer, index)
-    x, projection, recent, counters = decode_between.between(
-        mixed,
+    x, squares, ring, recent, counters = decode_layer.layer(
         x,
+        squares,
+        remembered.mixer,
         remembered.recent,
         index,
         counters,
+        projection=layer.projection,
         out=layer.out,
         taps=layer.conv,
         gate_up=layer.gate_up,
         down=layer.down,
-        projection=next_projection,
+        log_factor=layer.log_factor,
+        turns=turns,
+        gate_bias=layer.gate_bias,
         offsets=TAPS,
         columns=config.grid[1],
         epsilon=NORM_EPSILON,
     )
-    return x, projection, Layer(state, recent), counters
+    return x, squares, Layer(ring, recent), counters
 
 
 # Traced and lowered once for all layers: that is most of what starting a deep model takes.

@@ -2,8 +2,8 @@
 
     xla     runs anywhere
     triton  two kernels of the mixers for NVIDIA GPUs; single recurrences only
-    mosaic  a layer in two launches, one of them all that lies between the heads of two layers:
-            for Hopper GPUs, bf16 and a local convolution
+    mosaic  a layer in one launch: for Hopper GPUs, bf16, 32 keys and 64 values a head and a
+            local convolution
 
 In all but "xla" matrix products are kernels where they can be.
 """
@@ -15,7 +15,7 @@ from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.models.mixers import FAMILIES
 from lasad_jax.models.sizes import ffn_width
-from lasad_jax.ops.kernels import between_tiling, choice
+from lasad_jax.ops.kernels import layer_tiling, choice
 
 IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic")
 # The joint projection is this many columns wide, or a multiple: what matrix products like.
@@ -48,12 +48,12 @@ def resolve_implementation(
             return "xla"
         if num_rows is not None and num_rows < _FEWEST_ROWS:
             return "triton"
-        return "triton" if _obstacle_between(config, num_rows) else "mosaic"
+        return "triton" if _obstacle_layer(config, num_rows) else "mosaic"
     if mixers:
         raise ValueError(
             f"implementation: {implementation!r} cannot decode here: {mixers}; use 'xla'"
         )
-    if implementation == "mosaic" and (why := _obstacle_between(config, num_rows)):
+    if implementation == "mosaic" and (why := _obstacle_layer(config, num_rows)):
         raise ValueError(f"implementation: 'mosaic' cannot decode here: {why}; use 'triton'")
     return implementation
 
@@ -77,9 +77,14 @@ def _obstacle(config: ModelConfig) -> str | None:
     return choice.obstacle("triton", q, v, FAMILIES[config.decay], NUM_PREFIX)
 
 
-def _obstacle_between(config: ModelConfig, num_rows: int | None) -> str | None:
+def _obstacle_layer(config: ModelConfig, num_rows: int | None) -> str | None:
     dtype = config.compute_dtype
     if dtype != jnp.bfloat16 or not config.has_local_conv:
         return f"it takes bfloat16 and a local convolution, not {dtype}, {config.local_conv!r}"
+    if (config.query_dim, config.value_dim) != layer_tiling.HEAD:
+        return (
+            f"it takes heads of {layer_tiling.HEAD} keys and values, "
+            f"not {(config.query_dim, config.value_dim)}"
+        )
     others = config.num_heads * config.value_dim, ffn_width(config), projection_columns(config)
-    return between_tiling.obstacle(num_rows, config.width, others)
+    return layer_tiling.obstacle(num_rows, config.width, others)

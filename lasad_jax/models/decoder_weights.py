@@ -11,7 +11,7 @@ from lasad_jax.models.decoder_forms import projection_columns, resolve_implement
 from lasad_jax.models.folding import fold
 from lasad_jax.models.mixers import decay_of
 from lasad_jax.models.rope import turn_table
-from lasad_jax.ops.kernels.between_tiling import UNIT
+from lasad_jax.ops.kernels.layer_tiling import UNIT
 from lasad_jax.ops.kernels.decode_tiling import PAIR, interleave
 
 
@@ -51,12 +51,14 @@ class Weights:
         parallel pass over what is given. Embedding and head serve decoding too.
       turns: for each token, prefix included, what RoPE multiplies a head by and what it
         multiplies its swapped pairs by: (cos, cos) and (-sin, sin).
+      head_turns: the same of two heads beside each other; for "mosaic" only.
       layers: one after the other.
       pair: columns of gate, then of up, at a time in `gate_up`.
     """
 
     params: PyTree
     turns: Float[Array, "tokens 2 Dk"] | None
+    head_turns: Float[Array, "tokens 2 2*Dk"] | None
     layers: tuple[LayerWeights, ...]
     pair: int = struct.field(pytree_node=False, default=PAIR)
 
@@ -85,7 +87,10 @@ def prepare(config: ModelConfig, params: PyTree, implementation: str = "auto") -
         _layer(config, jax.tree.map(lambda x, i=i: x[i], params["blocks"]), exact, pair)
         for i in range(config.num_layers)
     )
-    return Weights(params, turns, layers, pair)
+    head_turns = None
+    if turns is not None and implementation == "mosaic":
+        head_turns = jnp.concatenate([turns, turns], axis=-1)
+    return Weights(params, turns, head_turns, layers, pair)
 
 
 def _layer(config: ModelConfig, params: PyTree, exact, pair: int) -> LayerWeights:

@@ -60,14 +60,13 @@ def generate(
     def next_token(carry, of_token):
         features, cache = carry
         chosen = choose(features, *of_token)
-        carry = decoder.decode(
-            model_config, weights, double(chosen), cache, implementation=implementation
-        )
-        return carry, chosen
+        return decoder.decode(model_config, weights, double(chosen), cache), chosen
 
     if num_given == num_tokens:
         return given
-    carry = decoder.prefill(model_config, weights, all_labels, double(given))
+    carry = decoder.prefill(
+        model_config, weights, all_labels, double(given), implementation=implementation
+    )
     tokens = jnp.arange(num_given, num_tokens)
     uniform = lambda token, key: jax.random.uniform(jax.random.fold_in(key, token))
     uniforms = jax.vmap(jax.vmap(uniform, (None, 0)), (0, None))(tokens, keys)

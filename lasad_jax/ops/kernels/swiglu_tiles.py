@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lasad_jax.ops.kernels.between_tiling import num_programs
+from lasad_jax.ops.kernels.layer_tiling import num_programs
 
 # Of the square tiles in which numbers come and go: the columns by which gate and up alternate.
 SIDE = 64

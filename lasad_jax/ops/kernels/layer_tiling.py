@@ -1,4 +1,4 @@
-"""How the products between two mixers are cut into tiles (`decode_between`).
+"""How the products between two mixers are cut into tiles (`decode_layer`).
 
 M rows, K inputs, N outputs. A tile is 64 columns of the result, for gated products from 64 of the
 gate and 64 of up, by a number of rows.
@@ -13,6 +13,7 @@ from lasad_jax.ops.kernels.choice import device, is_hopper
 from lasad_jax.ops.kernels.decode_tiling import INTAKE, L2, PRODUCTS, SHARED_MEMORY
 
 UNIT = 64  # columns of a piece of a matrix
+HEAD = (32, UNIT)  # keys and values
 DEPTH = 128  # inputs of a piece of a matrix or of rows
 CLUSTER = 2  # programs, of rows below each other, that share pieces of matrices
 # int32 that programs count each other in: of each phase, in a line of the L2 cache of its own.
@@ -27,6 +28,7 @@ _PIECE_BYTES = DEPTH * UNIT * 2
 _ROWS_MEMORY, _OF_FEW, _FEW_ROWS = 96 * 1024, 64 * 1024, 128
 _MOST_SLOTS = 32  # barriers of one kind
 MOST_ROWS = 128  # what registers hold sums of
+_HEADS_BYTES = 91 * 1024  # for operands of heads (`layer_heads`), where else rows lie
 _BARRIERS = 8192  # bytes kept for barriers, reductions and alignment
 
 
@@ -99,10 +101,11 @@ def rows_in_flight(products: tuple[Product, ...]) -> int:
 
 def weight_slots(products: tuple[Product, ...], programs: int) -> int:
     """Pieces of matrices that fit beside all else."""
-    rows, width = max(p.rows for p in products), products[0].N // UNIT
-    # A tile on its way out and, for the last product, sums of squares of its rows.
-    others = rows * UNIT * 2 + MOST_ROWS * 4 * (width * products[-1].most_tiles(programs) + 2)
-    others += rows_in_flight(products) * DEPTH * 2 + _BARRIERS
+    projection, out, *_ = products
+    rows, width = max(p.rows for p in products), out.N // UNIT
+    # A tile on its way out and, for the projection, sums of squares of its rows.
+    others = rows * UNIT * 2 + MOST_ROWS * 4 * (width * projection.most_tiles(programs) + 2)
+    others += max(rows_in_flight(products) * DEPTH * 2, _HEADS_BYTES) + _BARRIERS
     return min((SHARED_MEMORY - others) // _PIECE_BYTES, _MOST_SLOTS)
 
 

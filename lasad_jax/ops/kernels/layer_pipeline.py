@@ -1,4 +1,4 @@
-"""Products one after the other through the same shared memory (`decode_between`).
+"""Products one after the other through the same shared memory (`decode_layer`).
 
 One warpgroup loads pieces of the matrices of all products, one loads rows and one multiplies.
 Slots of matrices are refilled in turn from the first product to the last; slots of rows begin
@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lasad_jax.ops.kernels.between_tiling import (
+from lasad_jax.ops.kernels.layer_tiling import (
     CLUSTER,
     DEPTH,
     UNIT,
@@ -24,17 +24,23 @@ from lasad_jax.ops.kernels.between_tiling import (
 from lasad_jax.ops.kernels.mosaic_tiles import transposed
 
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
-_TRANSFORMS = (plgpu.TilingTransform((8, UNIT)), plgpu.SwizzleTransform(128))
+TRANSFORMS = (plgpu.TilingTransform((8, UNIT)), plgpu.SwizzleTransform(128))
 
 
-def scratch_types(products: tuple[Product, ...], programs: int, interpret: bool) -> dict:
-    """Shared memory and barriers of a program. Interpreted, each loads for itself."""
+def scratch_types(
+    products: tuple[Product, ...], programs: int, interpret: bool, others: dict
+) -> dict:
+    """Shared memory and barriers of a program. Interpreted, each loads for itself.
+
+    Args:
+      others: what takes the place of rows while no product is at work.
+    """
     num_slots, most_slots = weight_slots(products, programs), max(p.slots for p in products)
-    tiles = lambda *shape: plgpu.SMEM(shape, jnp.bfloat16, transforms=_TRANSFORMS)
+    tiles = lambda *shape: plgpu.SMEM(shape, jnp.bfloat16, transforms=TRANSFORMS)
     barrier = plgpu.Barrier(num_barriers=num_slots)
     clusters = plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=num_slots)
     return {
-        "x": tiles(rows_in_flight(products), DEPTH),
+        "x": plgpu.RefUnion(tiles(rows_in_flight(products), DEPTH), others),
         "x_full": plgpu.Barrier(num_barriers=most_slots),
         "x_empty": plgpu.Barrier(num_barriers=most_slots),
         "w": tiles(num_slots, DEPTH, UNIT),
@@ -71,31 +77,43 @@ class Pipeline:
         block = lax.rem(tile, product.blocks) * CLUSTER + self.rank
         return block * product.rows, tile // product.blocks
 
-    def load_weights(self, products: tuple[Product, ...], matrices: list[jax.Ref]) -> None:
+    def load_matrix(self, product: Product, matrix: jax.Ref, position, slot):
+        """All pieces of this program's tiles.
+
+        Args:
+          position, slot: how many pieces have been loaded, and where the next goes.
+
+        Returns:
+          both for what comes next.
+        """
+
+        def step(i, carry):
+            position, slot = carry
+            k = lax.rem(i, product.steps)
+            _, column = self.place(product, i // product.steps)
+            for unit in range(product.units):
+                first = (column * product.units + unit) * UNIT
+                piece = matrix.at[pl.ds(k * DEPTH, DEPTH), pl.ds(first, UNIT)]
+                position, slot = self.load_piece(piece, position, slot)
+            return position, slot
+
+        return lax.fori_loop(0, self.tiles(product) * product.steps, step, (position, slot))
+
+    def load_piece(self, piece: jax.Ref, position, slot, *, shared: bool = True):
+        """One of DEPTH by UNIT numbers, for all programs of a cluster if `shared`."""
         w, full, empty = (self.scratch[name] for name in ("w", "w_full", "w_empty"))
-        shared = {} if self.interpret else {"collective_axes": "rank"}
-        slots, position, slot = w.shape[0], jnp.int32(0), jnp.int32(0)
-        for product, matrix in zip(products, matrices, strict=True):
 
-            def step(i, carry, product=product, matrix=matrix):
-                position, slot = carry
-                k = lax.rem(i, product.steps)
-                _, column = self.place(product, i // product.steps)
-                for unit in range(product.units):
+        @pl.when(position >= w.shape[0])
+        def _():
+            plgpu.barrier_wait(empty.at[slot])
 
-                    @pl.when(position >= slots)
-                    def _(slot=slot):
-                        plgpu.barrier_wait(empty.at[slot])
+        axes = {"collective_axes": "rank"} if shared and not self.interpret else {}
+        plgpu.copy_gmem_to_smem(piece, w.at[slot], full.at[slot], **axes)
+        return position + 1, next_slot(slot, w.shape[0])
 
-                    first = (column * product.units + unit) * UNIT
-                    piece = matrix.at[pl.ds(k * DEPTH, DEPTH), pl.ds(first, UNIT)]
-                    plgpu.copy_gmem_to_smem(piece, w.at[slot], full.at[slot], **shared)
-                    position, slot = position + 1, _next(slot, slots)
-                return position, slot
-
-            num = self.tiles(product) * product.steps
-            position, slot = lax.fori_loop(0, num, step, (position, slot))
-        _drain(empty, position, slots)
+    def pieces_are_taken(self, position: jax.Array) -> None:
+        """Waits until none of so many pieces is in use."""
+        _drain(self.scratch["w_empty"], position, self.scratch["w"].shape[0])
 
     def load_rows(self, product: Product, source: jax.Ref, then=None) -> None:
         """`then` is called when those of the first tile are on their way."""
@@ -186,7 +204,7 @@ class Pipeline:
                     plgpu.barrier_wait(w_full.at[slot])
                     plgpu.wgmma(total, transposed(w.at[slot]), rows)
                     w_slots.append(slot)
-                    slot = _next(slot, w.shape[0])
+                    slot = next_slot(slot, w.shape[0])
                 plgpu.wgmma_wait(product.units)
 
                 @pl.when(k > 0)
@@ -194,7 +212,7 @@ class Pipeline:
                     # The products before these have now read their pieces.
                     release(*before)
 
-                return (_next(x_slot, product.slots), slot), (x_slot, w_slots)
+                return (next_slot(x_slot, product.slots), slot), (x_slot, w_slots)
 
             none = jnp.int32(0), [jnp.int32(0)] * product.units
             slots_and_last = lax.fori_loop(0, product.steps, step, (slots, none))
@@ -206,7 +224,7 @@ class Pipeline:
         return sums, slots
 
 
-def _next(slot, slots):
+def next_slot(slot, slots):
     """Without a division, which would take as long as the products of a step."""
     return jnp.where(slot == slots - 1, 0, slot + 1)
 

@@ -1,0 +1,334 @@
+"""A layer of the decoder in one launch, on Hopper.
+
+    projection = (x / rms(x)) projection        product
+    mixed = the heads                           `layer_heads`
+    x <- x + mixed out                          product
+    y  = local convolution of x / rms(x)        rows
+    x <- x + swiglu(y gate_up) down             products
+
+A Mosaic GPU kernel for bf16: one program per multiprocessor goes through these phases. Each takes
+its tiles (`layer_tiling`) of a phase as soon as all programs are done with the one before
+(`grid_barrier`). Matrices and memories depend on no phase: a warpgroup of its own loads them as
+far ahead as shared memory reaches, over phases. Tensor cores take their pieces as the left
+operand and rows as the right one, so that a tile may have any multiple of eight rows.
+
+M rows, D channels, H heads of 32 keys and 64 values, F hidden channels, E columns of the
+projection, W slots of the convolution's ring.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, BFloat16, Float32, Int
+
+from lasad_jax.ops.kernels import layer_heads
+from lasad_jax.ops.kernels.grid_barrier import Phases
+from lasad_jax.ops.kernels.layer_conv import NormConv, blocks_of_rows
+from lasad_jax.ops.kernels.layer_heads import Heads
+from lasad_jax.ops.kernels.layer_pipeline import TRANSPOSED, Pipeline, scratch_types
+from lasad_jax.ops.kernels.layer_ring import BLOCK, BlockedRing
+from lasad_jax.ops.kernels.layer_tiling import (
+    CLUSTER,
+    MOST_ROWS,
+    UNIT,
+    Product,
+    best_product,
+    num_programs,
+)
+from lasad_jax.ops.kernels.mosaic_tiles import COLUMN, TILE, transposed
+
+# What is done of a layer when everybody has signalled it, in this order; then programs leave.
+PROJECTED, MIXED, SUMMED, CONVOLVED, HIDDEN = PHASES = range(5)
+# Copies of squares are not clipped at the last row: so far beyond it a cluster's tile may reach.
+_MORE_ROWS = CLUSTER * MOST_ROWS
+# Warpgroups of a program.
+_MULTIPLY, _LOAD_ROWS, _LOAD_WEIGHTS = range(3)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("offsets", "columns", "epsilon", "programs", "interpret")
+)
+def layer(
+    x: BFloat16[Array, "M D"],
+    squares: Float32[Array, "parts rows"],
+    ring: BlockedRing,
+    recent: BFloat16[Array, "B W D"],
+    index: Int[Array, ""],
+    counters: Int[Array, "counters stride"],
+    *,
+    projection: BFloat16[Array, "D E"],
+    out: BFloat16[Array, "V D"],
+    taps: BFloat16[Array, "taps D"],
+    gate_up: BFloat16[Array, "D 2*F"],
+    down: BFloat16[Array, "F D"],
+    log_factor: Float32[Array, "places H"],
+    turns: Float32[Array, "tokens 2 64"] | None,
+    gate_bias: Float32[Array, " H"] | None,
+    offsets: tuple[tuple[int, int], ...],
+    columns: int,
+    epsilon: float,
+    programs: int | None = None,
+    interpret: bool = False,
+) -> tuple[
+    BFloat16[Array, "M D"],
+    Float32[Array, "parts rows"],
+    BlockedRing,
+    BFloat16[Array, "B W D"],
+    Int[Array, "counters stride"],
+]:
+    """Takes a token through a layer.
+
+    Args:
+      x: the residual stream. M is `whole_rows(B)` of `layer_tiling`: what rows beyond the images
+        hold, here and in the results, means nothing.
+      squares: of x, as `sums_of_squares` or the layer before gives them.
+      ring: of the mixer, of M images; updated in place.
+      recent: ring of the newest inputs of the convolution, slot i % W for token i; updated
+        in place.
+      index: number of tokens before this one, the one prefix token included.
+      counters: of shape COUNTERS, zeros before and after; updated in place.
+      projection: to [q | k | v | out_gate] of one head after the other, then the content gates.
+      out, gate_up, down: matrices, the norms' scales in their rows as in the projection's; gate_up
+        has by turns 64 columns of gate and of up.
+      taps: a weight per channel for each of `offsets`, (rows down, columns right) of the
+        neighbour, of which the first is the token itself.
+      log_factor: log-factor of the step to each place, without the content gate.
+      turns: for each token, what RoPE multiplies a head and its swapped pairs by, twice.
+      gate_bias: of the content gates; None for none.
+      columns: of the grid.
+      epsilon: of all norms.
+      programs: at most as many as there are multiprocessors; None for that many.
+
+    Returns:
+      x, its squares, both rings and counters. x is rounded once per sum.
+    """
+    ring, recent, counters = (jax.tree.map(jax.new_ref, y) for y in (ring, recent, counters))
+    tables = [y for y in (log_factor, turns, gate_bias) if y is not None]
+    launch = _kernel(
+        (x.shape, recent.shape, projection.shape, gate_up.shape, log_factor.shape[1]),
+        has_turns=turns is not None,
+        has_gates=gate_bias is not None,
+        offsets=offsets,
+        columns=columns,
+        epsilon=epsilon,
+        programs=programs or num_programs(),
+        interpret=interpret,
+    )
+    # A loop's own counter is of a weak type, which kernels cannot divide.
+    index = index.astype(jnp.int32)[None]
+    x, squares, *_ = launch(
+        *(x, squares, index, taps, *tables, projection, out, gate_up, down),
+        *(*jax.tree.leaves(ring), recent, counters),
+    )
+    ring, recent, counters = (jax.tree.map(jax.freeze, y) for y in (ring, recent, counters))
+    return x, squares, ring, recent, counters
+
+
+def sums_of_squares(x: BFloat16[Array, "M D"]) -> Float32[Array, "parts rows"]:
+    """Of each row, over every 64 channels, beside zeros for rows that tiles have beyond the last."""
+    squares = jnp.square(x.astype(jnp.float32)).reshape(len(x), -1, UNIT)
+    return jnp.pad(jnp.sum(squares, axis=2).T, ((0, 0), (0, _MORE_ROWS)))
+
+
+def _kernel(shapes, *, has_turns, has_gates, offsets, columns, epsilon, programs, interpret):
+    (M, D), (B, _, _), (_, E), (_, both), H = shapes
+    programs -= programs % CLUSTER
+    V, F = H * UNIT, both // 2
+    projecting, summing, hiding, adding = products = tuple(
+        best_product(M, K, N, programs, gated=gated)
+        for K, N, gated in ((D, E, False), (V, D, False), (D, F, True), (F, D, False))
+    )
+    parts = Product(M, V, V, BLOCK)
+    bf16, f32 = jnp.bfloat16, jnp.float32
+    names = ["x", "squares_in", "index", "taps", "log_factor"]
+    names += ["turns"] * has_turns + ["gate_bias"] * has_gates
+    names += ["projection", "out", "gate_up", "down"]
+    names += ["memory", "recent_k", "recent_v", "log_weight", "recent", "counters"]
+
+    def body(*refs):
+        known = [*names, *out_types]
+        given = dict(zip(known, refs, strict=False))
+        scratch = dict(zip(scratch_of, refs[len(known) :], strict=True))
+        scratch["x"], others = scratch["x"]
+        scratch |= others
+        if interpret:
+            program = lax.axis_index("program")
+            cluster, rank = program // CLUSTER, lax.rem(program, CLUSTER)
+        else:
+            cluster, rank = lax.axis_index("cluster"), lax.axis_index("rank")
+            program = cluster * CLUSTER + rank
+        pipeline = Pipeline(cluster, rank, programs // CLUSTER, scratch, interpret)
+        phases = Phases(given["counters"], programs, scratch.get("phases"))
+        signal, wait = phases.signal, phases.wait
+        warpgroup = lax.axis_index("wg")
+        middle, y, hidden = given["middle"], given["y"], given["hidden"]
+        index = given["index"][0]
+        heads = Heads(
+            pipeline,
+            parts,
+            BlockedRing(*(given[n] for n in ("memory", "recent_k", "recent_v", "log_weight"))),
+            projected=given["projected"],
+            mixed=given["mixed"],
+            index=index,
+            log_factor=given["log_factor"],
+            turns=given.get("turns"),
+            gate_bias=given.get("gate_bias"),
+            epsilon=epsilon,
+        )
+
+        def wait_for(product, phase):
+            """Those who have nothing to do need not wait."""
+            pl.when(pipeline.tiles(product) > 0)(functools.partial(wait, phase))
+
+        def swiglu(_, gate, up):
+            return gate / (1 + jnp.exp(-gate)) * up
+
+        def add(product, result, slot, residual, after=None):
+            """residual + x w"""
+            target = pipeline.out(product)
+
+            def begin(row, column):
+                piece = residual.at[pl.ds(row, product.rows), pl.ds(column * UNIT, UNIT)]
+                plgpu.copy_gmem_to_smem(piece, target, scratch["arrived"])
+
+            def finish(_, value):
+                plgpu.barrier_wait(scratch["arrived"])
+                # As the result is written: each thread reads and writes the same numbers.
+                before = plgpu.load(transposed(target), layout=TRANSPOSED)
+                return value + plgpu.layout_cast(before, TILE).astype(f32)
+
+            return pipeline.multiply(product, result, slot, finish, begin, after)
+
+        def square(value, row, column, _):
+            """Each row's squares over the columns of a tile."""
+            sums = scratch["squares"].at[pl.ds(0, adding.rows)]
+            sums[...] = jnp.sum(jnp.square(value.astype(f32)), axis=0)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(sums, given["squares_out"].at[column, pl.ds(row, adding.rows)])
+
+        def load_squares():
+            for t in range(projecting.most_tiles(programs)):
+
+                @pl.when(t < pipeline.tiles(projecting))
+                def _(t=t):
+                    row, _ = pipeline.place(projecting, t)
+                    source = given["squares_in"].at[:, pl.ds(row, MOST_ROWS)]
+                    plgpu.copy_gmem_to_smem(source, scratch["parts"].at[t], scratch["summed"].at[t])
+
+        def project(slot):
+            """Of rows divided by their root mean square."""
+            scales = scratch["scales"]
+
+            def finish(t, value):
+                plgpu.barrier_wait(scratch["summed"].at[t])
+                # A row for each thread, then as the tile lies.
+                rows = plgpu.Layout.WG_STRIDED((MOST_ROWS,), vec_size=1)
+                parts = scratch["parts"].at[t]
+                total = sum(plgpu.load(parts.at[j], layout=rows) for j in range(D // UNIT))
+                scales[...] = lax.rsqrt(total / D + epsilon)
+                plgpu.commit_smem()
+                scale = plgpu.load(scales.at[pl.ds(0, projecting.rows)], layout=COLUMN)
+                return value * lax.broadcast_in_dim(scale, value.shape, [1])
+
+            return pipeline.multiply(projecting, given["projected"], slot, finish)
+
+        def convolve():
+            """A few rows of a program, then as many below all programs' rows."""
+            row_of = functools.partial(
+                NormConv, given["recent"], given["taps"], index, offsets, columns, epsilon
+            )
+            for first, each in blocks_of_rows(B, programs):
+                begin = first + each * program
+
+                @pl.when(begin < B)
+                def _(begin=begin, first=first, each=each):
+                    # The last image again for images that do not exist.
+                    rows = row_of([jnp.minimum(begin + i, B - 1) for i in range(each)])
+                    if not first:
+                        wait(SUMMED)
+                    rows.finish(middle, y)
+
+        @pl.when(warpgroup == _LOAD_WEIGHTS)
+        def _():
+            load = pipeline.load_matrix
+            carry = load(projecting, given["projection"], jnp.int32(0), jnp.int32(0))
+            carry = heads.load(*carry)
+            for product, name in ((summing, "out"), (hiding, "gate_up"), (adding, "down")):
+                carry = load(product, given[name], *carry)
+            pipeline.pieces_are_taken(carry[0])
+
+        @pl.when(warpgroup == _LOAD_ROWS)
+        def _():
+            pipeline.load_rows(projecting, given["x"], load_squares)
+            heads.load_tables()
+            pipeline.rows_are_taken(projecting)
+            heads.prepare(functools.partial(wait, PROJECTED))
+            wait_for(summing, MIXED)
+            pipeline.load_rows(summing, given["mixed"])
+            convolve()
+            signal(CONVOLVED)
+            pipeline.rows_are_taken(summing)
+            wait_for(hiding, CONVOLVED)
+            pipeline.load_rows(hiding, y)
+            pipeline.rows_are_taken(hiding)
+            wait_for(adding, HIDDEN)
+            pipeline.load_rows(adding, hidden)
+            pipeline.rows_are_taken(adding)
+
+        @pl.when(warpgroup == _MULTIPLY)
+        def _():
+            slot = project(jnp.int32(0))
+            signal(PROJECTED)
+            slot = heads.finish(slot)
+            signal(MIXED)
+            slot = add(summing, middle, slot, given["x"])
+            signal(SUMMED)
+            slot = pipeline.multiply(hiding, hidden, slot, swiglu)
+            signal(HIDDEN)
+            # Also for itself: another warpgroup's waiting is none of this one's. And all do: where
+            # only those with tiles wait, ptxas makes every product of the kernel wait for its end.
+            wait(CONVOLVED)
+            add(adding, given["added"], slot, middle, square)
+            phases.leave()
+
+    like = jax.ShapeDtypeStruct
+    out_types = {
+        "added": like((M, D), bf16),
+        "squares_out": like((D // UNIT, M + _MORE_ROWS), f32),
+        "projected": like((M, E), bf16),
+        "mixed": like((M, V), bf16),
+        "middle": like((M, D), bf16),  # x after the mixer
+        "y": like((M, D), bf16),
+        "hidden": like((M, F), bf16),
+    }
+    scratch_of = scratch_types(products, programs, interpret, layer_heads.memory_types())
+    scratch_of |= layer_heads.lasting_types(H, has_gates)
+    scratch_of["squares"] = plgpu.SMEM((adding.rows,), f32)
+    scratch_of["arrived"] = plgpu.Barrier()
+    most = projecting.most_tiles(programs)
+    scratch_of["parts"] = plgpu.SMEM((most, D // UNIT, MOST_ROWS), f32)
+    scratch_of["scales"] = plgpu.SMEM((MOST_ROWS,), f32)
+    scratch_of["summed"] = plgpu.Barrier(num_barriers=most)
+    axes = {"grid": (programs // CLUSTER,), "grid_names": ("cluster",)}
+    axes |= {"cluster": (CLUSTER,), "cluster_names": ("rank",)}
+    if interpret:
+        # The interpreter runs the programs of a cluster at the same time, and no others.
+        axes = {"cluster": (programs,), "cluster_names": ("program",)}
+        axes["interpret"] = plgpu.InterpretGPUParams()
+        scratch_of["phases"] = plgpu.ClusterBarrier(
+            collective_axes=("program",), num_barriers=len(PHASES)
+        )
+    body.__name__ = "decode_layer"
+    return plgpu.kernel(
+        body,
+        out_type=list(out_types.values()),
+        scratch_types=list(scratch_of.values()),
+        num_threads=3,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
+        **axes,
+    )

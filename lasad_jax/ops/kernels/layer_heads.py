@@ -1,0 +1,467 @@
+"""The heads of one token inside `decode_layer`: what LASAD's mixer does between its projections.
+
+A part is one head of eight images. Tensor cores want 64 rows of the left operand, so one image's
+query cannot be the right one by itself: queries of eight images are the diagonal blocks of a
+matrix, and one product with the memories below each other gives the eight outputs,
+
+    out[:, b] = [S_0^T ... S_7^T] diag(q_0 ... q_7)[:, b]        (64 x 256) (256 x 8)
+
+with zeros off the diagonal. Scores of the newest keys are the diagonal of all keys times all
+queries, and the weighted scores again a matrix of diagonal blocks for the newest values.
+
+One warpgroup turns projections into such operands (`prepare`), one multiplies and folds
+(`finish`), and that of the matrices loads memories and values into its slots (`load`).
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from lasad_jax.ops.kernels.layer_pipeline import TRANSFORMS, TRANSPOSED, Pipeline, next_slot
+from lasad_jax.ops.kernels.layer_ring import BLOCK, HALF, BlockedRing
+from lasad_jax.ops.kernels.layer_tiling import DEPTH, HEAD, UNIT, Product
+from lasad_jax.ops.kernels.mosaic_tiles import (
+    COLUMN,
+    ROW,
+    TILE,
+    by_column,
+    by_row,
+    iota,
+    multiply,
+    transposed,
+)
+from lasad_jax.ops.ring import NUM_RECENT, ROWS
+
+KEY, _ = HEAD
+SLOTS = 3  # parts on their way at once
+_WIDE = 2 * BLOCK  # images of a block twice beside each other
+# Rows of 64 numbers that a part takes.
+_PIECES = {"keys": UNIT, "queries": 2 * _WIDE, "scores": _WIDE, "gates": _WIDE}
+_PIECES |= {"values": BLOCK, "out_gates": BLOCK}
+
+
+def memory_types() -> dict:
+    """Shared memory that nobody else needs while heads are at work."""
+    tiles = lambda rows: plgpu.SMEM((rows, UNIT), jnp.bfloat16, transforms=TRANSFORMS)
+    turned = (plgpu.TilingTransform((8, KEY)), plgpu.SwizzleTransform(2 * KEY))
+    logs = plgpu.SMEM((SLOTS, BLOCK * ROWS), jnp.float32)
+    return {name: tiles(SLOTS * rows) for name, rows in _PIECES.items()} | {
+        "qk": plgpu.SMEM((SLOTS * 2 * _WIDE, UNIT), jnp.bfloat16, transforms=turned),
+        "logs_before": logs,
+        "logs": logs,
+        "logs_after": plgpu.SMEM((BLOCK * ROWS,), jnp.float32),
+        "dense": tiles(_WIDE),
+        "halves": tiles(2 * UNIT),
+    }
+
+
+def lasting_types(num_heads: int, has_gates: bool) -> dict:
+    """Barriers, and shared memory that is its own."""
+    barrier = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=SLOTS)
+    table = plgpu.SMEM((num_heads,), jnp.float32)
+    return {
+        "factors": table,
+        "biases": table,
+        "tables_full": plgpu.Barrier(num_arrivals=1 + has_gates),
+        "keys_full": barrier(2),
+        "qk_full": barrier(8),
+        "values_full": barrier(2),
+        "prepared": barrier(1),
+        "finished": barrier(1),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """What the warpgroups of a program know of them.
+
+    Attributes:
+      pipeline: of the program.
+      parts: a product of as many tiles as there are parts, 8 rows by a head each.
+      ring: of the layer, updated in place.
+      projected: [q | k | v | out_gate] of one head after the other, then the content gates.
+      mixed: where gated outputs go.
+      index: number of tokens before this one.
+      log_factor: of the steps to all places by all heads.
+      turns: for each token what RoPE multiplies two keys beside each other by, and their swapped
+        pairs; None for no RoPE.
+      gate_bias: of the content gates; None for none.
+      epsilon: of the heads' norm.
+    """
+
+    pipeline: Pipeline
+    parts: Product
+    ring: BlockedRing
+    projected: jax.Ref
+    mixed: jax.Ref
+    index: jax.Array
+    log_factor: jax.Ref
+    turns: jax.Ref | None
+    gate_bias: jax.Ref | None
+    epsilon: float
+
+    @property
+    def num_parts(self) -> jax.Array:
+        """Of this program."""
+        return self.pipeline.tiles(self.parts)
+
+    @property
+    def _slot(self):
+        """The row of the ring for this token."""
+        return 1 + lax.rem(self.index - 1, NUM_RECENT)
+
+    def load_tables(self) -> None:
+        """For `prepare`, which waits for them."""
+        scratch = self.pipeline.scratch
+        factors = self.log_factor.at[self.index - 1]
+        plgpu.copy_gmem_to_smem(factors, scratch["factors"], scratch["tables_full"])
+        if self.gate_bias is not None:
+            plgpu.copy_gmem_to_smem(self.gate_bias, scratch["biases"], scratch["tables_full"])
+
+    def load(self, position, slot):
+        """Memories and newest values of all parts, as `Pipeline.load_matrix`."""
+
+        def step(t, carry):
+            position, slot = carry
+            row, head = self.pipeline.place(self.parts, t)
+            memory, values = self.ring.memory, self.ring.recent_v
+            first = row * KEY
+            for piece in (
+                memory.at[head, pl.ds(first, DEPTH)],
+                memory.at[head, pl.ds(first + DEPTH, DEPTH)],
+                values.at[head, pl.ds(row * ROWS, DEPTH)],
+            ):
+                position, slot = self.pipeline.load_piece(piece, position, slot, shared=False)
+            return position, slot
+
+        return lax.fori_loop(0, self.num_parts, step, (position, slot))
+
+    def prepare(self, wait) -> None:
+        """Operands of all parts; `wait` until projections are there."""
+        scratch = self.pipeline.scratch
+
+        def some(t, load):
+            pl.when(t < self.num_parts)(functools.partial(load, jnp.int32(t), t))
+
+        for t in range(SLOTS):
+            some(t, self._load_keys)
+        turns = None
+        if self.turns is not None:
+            load = functools.partial(plgpu.load, layout=ROW, optimized=False)
+            turns = [load(self.turns.at[self.index, i]) for i in range(2)]
+        plgpu.barrier_wait(scratch["tables_full"])
+        pl.when(self.num_parts > 0)(wait)
+        for t in range(SLOTS):
+            some(t, self._load_projections)
+
+        def step(t, slot):
+            @pl.when(t >= SLOTS)
+            def _():
+                plgpu.barrier_wait(scratch["finished"].at[slot])
+                plgpu.commit_smem()
+                self._load_keys(t, slot)
+                self._load_projections(t, slot)
+
+            self._prepare(t, slot, turns)
+            return next_slot(slot, SLOTS)
+
+        lax.fori_loop(0, self.num_parts, step, jnp.int32(0))
+        plgpu.wait_smem_to_gmem(0)
+
+        def drain(t, _):
+            plgpu.barrier_wait(scratch["finished"].at[lax.rem(t, SLOTS)])
+
+        lax.fori_loop(jnp.maximum(self.num_parts - SLOTS, 0), self.num_parts, drain, None)
+        # What was written here before rows of products come.
+        plgpu.commit_smem()
+
+    def finish(self, slot):
+        """Gated outputs of all parts, from the slot of the first memory; the slot after the last."""
+
+        def step(t, carry):
+            part, slot = carry
+            slot = self._finish(t, part, slot)
+            return next_slot(part, SLOTS), slot
+
+        _, slot = lax.fori_loop(0, self.num_parts, step, (jnp.int32(0), slot))
+        plgpu.wait_smem_to_gmem(0)
+        return slot
+
+    def _load_keys(self, t, slot):
+        row, head = self.pipeline.place(self.parts, t)
+        scratch = self.pipeline.scratch
+        full = scratch["keys_full"].at[slot]
+        keys = self.ring.recent_k.at[head, pl.ds(row * HALF, UNIT)]
+        plgpu.copy_gmem_to_smem(keys, self._piece("keys", slot), full)
+        logs = self.ring.log_weight.at[head, pl.ds(row * ROWS, BLOCK * ROWS)]
+        plgpu.copy_gmem_to_smem(logs, scratch["logs_before"].at[slot], full)
+
+    def _load_projections(self, t, slot):
+        row, head = self.pipeline.place(self.parts, t)
+        scratch = self.pipeline.scratch
+        rows, first = pl.ds(row, BLOCK), head * 2 * (KEY + UNIT)
+
+        def load(column, width, target, full):
+            source = self.projected.at[rows, pl.ds(column, width)]
+            plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+        full = scratch["qk_full"]
+        for below in range(2):
+            for right in range(2):
+                load(first, KEY, self._qk(slot, below, KEY * right), full)
+        for right in range(2):
+            load(first + KEY, KEY, self._qk(slot, 2, KEY * right), full)
+        # Without gates what is read is not used: arrivals are the same.
+        gates = self.parts.N // UNIT * 2 * (KEY + UNIT) if self.gate_bias is not None else 0
+        gates += (head // UNIT) * UNIT if self.gate_bias is not None else 0
+        for below in range(2):
+            target = self._piece("gates", slot).at[pl.ds(below * BLOCK, BLOCK)]
+            load(gates, UNIT, target, full)
+        full = scratch["values_full"]
+        load(first + 2 * KEY, UNIT, self._piece("values", slot), full)
+        load(first + 2 * KEY + UNIT, UNIT, self._piece("out_gates", slot), full)
+
+    def _prepare(self, t, part, turns):
+        """Queries and weighted scores as operands; the new key and log-weights."""
+        scratch, interpret = self.pipeline.scratch, self.pipeline.interpret
+        row, head = self.pipeline.place(self.parts, t)
+        half, r = self._slot // HALF, lax.rem(self._slot, HALF)
+        places, columns = iota(0, _WIDE), iota(1, _WIDE)
+        left = columns < BLOCK
+
+        def activated(x):
+            x = _rounded(_silu(x))
+            if turns is not None:
+                cos, sin = (by_row(turn, x.shape[1]) for turn in turns)
+                x = _rounded(x * cos + _swapped(x, interpret) * sin)
+            return x
+
+        # What the part before has left in shared memory has been read.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.barrier_wait(scratch["keys_full"].at[part])
+        plgpu.barrier_wait(scratch["qk_full"].at[part])
+        q = _across(self._qk_rows(part, 0, _WIDE)).astype(jnp.float32)
+        k = _across(self._qk_rows(part, _WIDE, BLOCK)).astype(jnp.float32)
+        q, k = _rounded(activated(q) * KEY**-0.5), activated(k)
+
+        keys = self._piece("keys", part)
+        own = keys.at[pl.ds(r * BLOCK, BLOCK)]
+        mine = lax.div(iota(0, BLOCK), KEY) == half
+        _put_across(own, jnp.where(mine, k, _across(own).astype(jnp.float32)))
+        dense = scratch["dense"]
+        _put_across(dense, jnp.where(lax.div(places, KEY) == lax.div(columns, BLOCK), q, 0.0))
+        for pair in range(2):
+            # Two images of a chunk, two chunks beside each other.
+            image = 4 * pair + jnp.where(left, 0, 2) + jnp.where(places < KEY, 0, 1)
+            blocks = jnp.where(lax.rem(columns, BLOCK) == image, q, 0.0)
+            _put_across(self._queries(part, pair), blocks)
+        plgpu.commit_smem()
+        new = self.ring.recent_k.at[head, pl.ds(row * HALF + r * BLOCK, BLOCK)]
+        plgpu.copy_smem_to_gmem(own, new)
+
+        def of_images():
+            """The step's log-factor of each image, in all rows."""
+            factor = scratch["factors"][head]
+            if self.gate_bias is None:
+                return factor
+            # No sum over rows: warpgroups have one scratch memory for it.
+            chosen = jnp.where(iota(1) == lax.rem(head, UNIT), 1.0, 0.0).astype(jnp.bfloat16)
+            gates = transposed(self._piece("gates", part))
+            ((content,), _) = multiply([(chosen, gates)], interpret=interpret)
+            return factor - _softplus(content + scratch["biases"][head])
+
+        g = of_images()
+
+        def weigh():
+            """While scores are on their way: log-weights and weights."""
+            logs = scratch["logs_before"].at[part]
+            first, second = (
+                by_row(plgpu.load(logs.at[pl.ds(i * UNIT, UNIT)], layout=ROW), _WIDE)
+                for i in range(2)
+            )
+            logs = jnp.where(left, first, second) + g
+            is_new = (lax.div(places, BLOCK) == r) & (lax.div(columns, BLOCK) == half)
+            logs = jnp.where(is_new, 0.0, logs)
+            own = lax.rem(places, BLOCK) == lax.rem(columns, BLOCK)
+            weights = jnp.where((places < BLOCK) & left, 1.0, jnp.exp(logs))
+            empty = plgpu.broadcasted_iota(jnp.int32, (UNIT,), 0, layout=ROW) < BLOCK
+            for i, here in enumerate((own & left, own & (columns >= BLOCK))):
+                place = pl.ds(i * UNIT, UNIT)
+                value = jnp.sum(jnp.where(here, logs, 0.0), axis=1)
+                scratch["logs"].at[part, place][...] = value
+                cleared = jnp.where(empty, 0.0, -jnp.inf) if i == 0 else jnp.full_like(value, -jnp.inf)
+                folded = jnp.broadcast_to(self._slot, value.shape) == NUM_RECENT
+                scratch["logs_after"].at[place][...] = jnp.where(folded, cleared, value)
+            return jnp.where(own, weights, 0.0)
+
+        (scores,), weights = multiply(
+            [(keys, transposed(dense))], work=weigh, interpret=interpret
+        )
+        _put_across(self._piece("scores", part), scores * weights)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(scratch["prepared"].at[part])
+        place = pl.ds(row * ROWS, BLOCK * ROWS)
+        plgpu.copy_smem_to_gmem(scratch["logs_after"], self.ring.log_weight.at[head, place])
+
+    def _finish(self, t, part, slot):
+        scratch, interpret = self.pipeline.scratch, self.pipeline.interpret
+        row, head = self.pipeline.place(self.parts, t)
+        w, w_full, w_empty = (scratch[name] for name in ("w", "w_full", "w_empty"))
+        slots = []
+        for _ in range(3):
+            slots.append(slot)
+            slot = next_slot(slot, w.shape[0])
+        values = w.at[slots[2]]
+        plgpu.barrier_wait(scratch["values_full"].at[part])
+        v = self._piece("values", part)
+        plgpu.barrier_wait(w_full.at[slots[2]])
+        _put_across(values.at[pl.ds(self._slot * BLOCK, BLOCK)], _across(v))
+        plgpu.commit_smem()
+        new = self.ring.recent_v.at[head, pl.ds(row * ROWS + self._slot * BLOCK, BLOCK)]
+        plgpu.copy_smem_to_gmem(v, new)
+        for i in range(2):
+            plgpu.barrier_wait(w_full.at[slots[i]])
+        plgpu.barrier_wait(scratch["prepared"].at[part])
+
+        def chunk(piece, i):
+            return transposed(piece.at[pl.ds(i * UNIT, UNIT)])
+
+        def operand(pieces, i):
+            return transposed(pieces.at[pl.ds(i * BLOCK, BLOCK)])
+
+        of_memory = [
+            (chunk(w.at[slots[i]], j), operand(self._queries(part, i), j))
+            for i in range(2)
+            for j in range(2)
+        ]
+        scores = self._piece("scores", part)
+        of_recent = [(chunk(values, i), operand(scores, i)) for i in range(2)]
+        logs = scratch["logs"].at[part]
+
+        def others():
+            gate = _rounded(_silu(_across(self._piece("out_gates", part)).astype(jnp.float32)))
+            decay = jnp.exp(plgpu.load(logs.at[pl.ds(0, BLOCK)], layout=COLUMN, optimized=False))
+            return gate, by_column(decay)
+
+        (x, recent), (gate, decay) = multiply(
+            of_memory, of_recent, work=others, interpret=interpret
+        )
+        x = _rounded(x * decay + recent)
+        scale = lax.rsqrt(jnp.sum(x * x, axis=0) / UNIT + self.epsilon)
+        x = _rounded(x * by_column(scale)) * gate
+        out = scratch["out"].at[pl.ds(0, BLOCK)]
+        # What the part before has left there has been read.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        _put_across(out, x)
+        plgpu.commit_smem()
+        place = pl.ds(row, BLOCK), pl.ds(head * UNIT, UNIT)
+        plgpu.copy_smem_to_gmem(out, self.mixed.at[*place])
+
+        self._fold(part, row, head, slots)
+        for taken in slots:
+            plgpu.barrier_arrive(w_empty.at[taken])
+        plgpu.barrier_arrive(scratch["finished"].at[part])
+        return slot
+
+    def _fold(self, part, row, head, slots) -> None:
+        """All rows of the ring into the memories, if it is full."""
+        scratch = self.pipeline.scratch
+        w, logs = scratch["w"], scratch["logs"].at[part]
+        values = w.at[slots[2]]
+        halves = [scratch["halves"].at[pl.ds(i * UNIT, UNIT)] for i in range(2)]
+        left = iota(1) < KEY
+
+        def image(b, _):
+            first, second = (
+                by_row(jnp.exp(plgpu.load(logs.at[pl.ds(i * UNIT, UNIT)], layout=ROW)))
+                for i in range(2)
+            )
+            # The prefix token is never folded.
+            weights = jnp.where(left, jnp.where(iota(0) < BLOCK, 0.0, first), second)
+            weights = jnp.where(lax.rem(iota(0), BLOCK) == b, weights, 0.0)
+            weighted = self._piece("keys", part)[...].astype(jnp.float32) * weights
+            halves[0][...] = jnp.where(left, weighted, 0.0).astype(jnp.bfloat16)
+            halves[1][...] = jnp.where(left, 0.0, weighted).astype(jnp.bfloat16)
+            plgpu.commit_smem()
+            chunk = lambda i: transposed(values.at[pl.ds(i * UNIT, UNIT)])
+            (both,), _ = multiply(
+                [(chunk(i), halves[i]) for i in range(2)], interpret=self.pipeline.interpret
+            )
+            memory = w.at[jnp.where(b < BLOCK // 2, slots[0], slots[1])]
+            memory = memory.at[pl.ds(lax.rem(b, BLOCK // 2) * KEY, KEY)]
+            decayed = jnp.exp(logs[b]) * _across(memory).astype(jnp.float32)
+            _put_across(memory, decayed + both[:, :KEY] + both[:, KEY:])
+            # All warps are done with the halves.
+            plgpu.commit_smem()
+
+        # No condition: tensor cores would wait for each product of the whole kernel.
+        full = self._slot == NUM_RECENT
+        lax.fori_loop(0, jnp.where(full, BLOCK, 0), image, None)
+
+        @pl.when(full)
+        def _():
+            for i in range(2):
+                place = pl.ds(row * KEY + i * DEPTH, DEPTH)
+                plgpu.copy_smem_to_gmem(w.at[slots[i]], self.ring.memory.at[head, place])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _piece(self, name, part):
+        rows = _PIECES[name]
+        return self.pipeline.scratch[name].at[pl.ds(part * rows, rows)]
+
+    def _queries(self, part, pair):
+        return self._piece("queries", part).at[pl.ds(pair * _WIDE, _WIDE)]
+
+    def _qk(self, slot, below, column):
+        rows = pl.ds(slot * 2 * _WIDE + below * BLOCK, BLOCK)
+        return self.pipeline.scratch["qk"].at[rows, pl.ds(column, KEY)]
+
+    def _qk_rows(self, slot, first, number):
+        return self.pipeline.scratch["qk"].at[pl.ds(slot * 2 * _WIDE + first, number)]
+
+
+def _across(ref):
+    """A (rows, 64) piece as the tile of its columns, 64 of them, by rows."""
+    return plgpu.layout_cast(plgpu.load(transposed(ref), layout=TRANSPOSED), TILE)
+
+
+def _put_across(ref, value):
+    transposed(ref)[...] = plgpu.layout_cast(value.astype(jnp.bfloat16), TRANSPOSED)
+
+
+def _rounded(x):
+    return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def _silu(x):
+    return x / (1 + jnp.exp(-x))
+
+
+def _softplus(x):
+    return jnp.maximum(x, 0.0) + jnp.log(1 + jnp.exp(-jnp.abs(x)))
+
+
+def _swapped(x, interpret):
+    """Each pair of rows the other way round."""
+    if interpret:
+        return x.reshape(UNIT // 2, 2, -1)[:, ::-1].reshape(x.shape)
+    like = plgpu.ShapeDtypeStruct(x.shape, x.dtype, layout=TILE)
+
+    @plgpu.inline_mgpu(arg_types=(TILE,), return_type=like)
+    def swap(_, x):
+        registers = np.empty_like(x.registers)
+        for place, register in np.ndenumerate(x.registers):
+            # A row is four lanes.
+            registers[place] = mgpu.utils.shfl_bfly(register, 4)
+        return mgpu.FragmentedArray(
+            _registers=registers, _layout=x.layout, _is_signed=x.is_signed
+        )
+
+    return swap(x)
