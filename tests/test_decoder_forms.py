@@ -45,17 +45,17 @@ def traced(config, rows, prepared_for="auto", implementation="auto"):
 @NEEDS_JAX_11
 def test_auto_takes_it_where_it_can_run(monkeypatch, tmp_path):
     config = ModelConfig(**SMALL)
-    together = lambda *args: "decode_layer" in traced(config, *args)
+    together = lambda *args: "decode_layers" in traced(config, *args)
     with on("H200"):
         for rows in (64, 67, 512):
             assert together(rows)
         for rows in (2, 56, 520):
             assert not together(rows)
         for rows in (1, 2, 56):
-            assert "decode_layer" in traced(config, rows, "mosaic", "mosaic")
+            assert "decode_layers" in traced(config, rows, "mosaic", "mosaic")
         assert not together(64, "triton")
         for changes in ({"local_conv": "off"}, {"dtype": "float32"}, {"ffn_width": 520}):
-            assert "decode_layer" not in traced(dataclasses.replace(config, **changes), 64)
+            assert "decode_layers" not in traced(dataclasses.replace(config, **changes), 64)
         monkeypatch.setenv("CUDA_MPS_PIPE_DIRECTORY", str(tmp_path))
         assert together(64)
         (tmp_path / "control").touch()
@@ -92,7 +92,7 @@ def test_each_device_launches_it_for_its_own_rows(images, together):
     arrays = key, integers(images), integers(images), integers(images, 0)
     draw = functools.partial(_generate_everywhere, config, SamplingConfig(guidance=2.0), mesh)
     text = str(jax.make_jaxpr(draw)(weights, *arrays))
-    assert ("decode_layer" in text) == together
+    assert ("decode_layers" in text) == together
 
 
 @pytest.mark.parametrize("size", ["B", "L", "XL"])

@@ -92,7 +92,8 @@ def _trained(case: GeneratorCase, mixer: str) -> PyTree:
 
 def _last_logits(config: ModelConfig, params: PyTree, batch: int) -> dict[str, Float[Array, "B V"]]:
     """Logits of the last code by the plain path, the fast one, and the plain one in float32."""
-    weights = jax.jit(functools.partial(decoding.prepare, config))(params)
+    prepare = functools.partial(decoding.prepare, config, num_rows=batch)
+    weights = jax.jit(prepare)(params)
     images = random_batch(config, batch, _STEPS)
     paths = {
         "plain": (_read_plain, params),
@@ -112,8 +113,7 @@ def _read_fast(
     config: ModelConfig, weights: decoder.Weights, images: dict[str, Int[Array, "B ..."]]
 ) -> Float[Array, "B V"]:
     given, rest = _halves(images["tokens"])
-    how = {"implementation": decoding.DECODER.value}
-    features, cache = decoder.prefill(config, weights, images["labels"], given, **how)
+    features, cache = decoder.prefill(config, weights, images["labels"], given)
     carry = decoder.logits(weights, features), cache
     step = lambda carry, codes: (decoding.step(config, weights, codes, carry[1]), None)
     return jax.lax.scan(step, carry, rest.T)[0][0]

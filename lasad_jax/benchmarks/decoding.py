@@ -24,7 +24,7 @@ def draw_images(
     """All codes of images, with guidance."""
     given = jnp.zeros((len(labels), 0), jnp.int32)
     sampling = SamplingConfig(guidance=GUIDANCE)
-    return generate(config, weights, labels, keys, given, sampling, DECODER.value)
+    return generate(config, weights, labels, keys, given, sampling)
 
 
 def begin(
@@ -32,14 +32,13 @@ def begin(
 ) -> tuple[Float[Array, "B V"], Cache]:
     """Logits of the first code, and the cache to go on from."""
     nothing = jnp.zeros((len(labels), 0), jnp.int32)
-    how = {"implementation": DECODER.value}
-    features, cache = decoder.prefill(config, weights, labels, nothing, **how)
+    features, cache = decoder.prefill(config, weights, labels, nothing)
     return decoder.logits(weights, features), cache
 
 
-def prepare(config: ModelConfig, params: PyTree) -> Weights:
+def prepare(config: ModelConfig, params: PyTree, num_rows: int | None = None) -> Weights:
     """The decoder's weights, for the form that is asked for."""
-    return decoder.prepare(config, params, DECODER.value)
+    return decoder.prepare(config, params, num_rows, DECODER.value)
 
 
 def step(

@@ -21,9 +21,10 @@ from lasad_jax.training.state import unbox
 _ROWS_PER_IMAGE = 2  # guidance: with the class and without
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _make_weights(config: ModelConfig) -> Weights:
-    return decoding.prepare(config, unbox(init_parameters(config, jax.random.key(0))))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _make_weights(case: GeneratorCase, config: ModelConfig) -> Weights:
+    params = unbox(init_parameters(config, jax.random.key(0)))
+    return decoding.prepare(config, params, _ROWS_PER_IMAGE * case.batch)
 
 
 def _make_inputs(case: GeneratorCase, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
@@ -34,7 +35,7 @@ def _make_inputs(case: GeneratorCase, config: ModelConfig) -> tuple[jax.Array, j
 def lower_drawing(case: GeneratorCase, mixer: str) -> jax.stages.Lowered:
     """Traces the drawing of a batch; nothing is allocated."""
     config = case.model(mixer)
-    shapes = jax.eval_shape(lambda: (_make_weights(config), *_make_inputs(case, config)))
+    shapes = jax.eval_shape(lambda: (_make_weights(case, config), *_make_inputs(case, config)))
     return jax.jit(functools.partial(decoding.draw_images, config)).lower(*shapes)
 
 
@@ -69,7 +70,7 @@ def time_row(
     allocator = AllocatorPeak()
     try:
         draw = compiled(draw)
-        weights = _make_weights(config)
+        weights = _make_weights(case, config)
         # One set of inputs: what thousands of tokens leave in a cache helps no next image.
         runs = seconds_per_call(draw, [(weights, *_make_inputs(case, config))], **how)
     except Exception as error:  # what does not fit says so; the others go on
@@ -100,7 +101,7 @@ def lower_along(case: GeneratorCase, mixer: str, length: int) -> jax.stages.Lowe
 
         return jax.lax.scan(step, (tokens, cache), None, length)[0]
 
-    shapes = jax.eval_shape(lambda: _begin_along(case, config, _make_weights(config)))
+    shapes = jax.eval_shape(lambda: _begin_along(case, config, _make_weights(case, config)))
     return jax.jit(segment, donate_argnums=(1, 2)).lower(*shapes)
 
 
@@ -148,7 +149,7 @@ def _pass_times(
 ) -> list[list[float]]:
     """Seconds of each segment, for each pass; a first pass warms up and does not count."""
     config = case.model(mixer)
-    weights = _make_weights(config)
+    weights = _make_weights(case, config)
     begin = jax.jit(functools.partial(_begin_along, case, config))
     passes = []
     for _ in range(repeats + 1):

@@ -8,7 +8,8 @@
 Logits are apart because guidance may come before them: they are linear in the features.
 
 Layers are a tuple, not a stacked array, and their loop is unrolled: inside a scan over
-tokens every cache is then updated in place, and no weight is cast, sliced or copied.
+tokens every cache is then updated in place, and no weight is cast, sliced or copied. Only
+"mosaic", one kernel for all layers, takes them stacked.
 """
 
 import functools
@@ -33,7 +34,7 @@ from lasad_jax.models.generator import LASADGen
 from lasad_jax.models.layers import NORM_EPSILON
 from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.ops.kernels.layer_ring import BlockedRing, to_blocks
-from lasad_jax.ops.kernels.layer_tiling import COUNTERS, UNIT, whole_rows
+from lasad_jax.ops.kernels.layer_tiling import counters, whole_rows
 from lasad_jax.ops.passes.local_conv import TAPS, next_token
 from lasad_jax.ops.ring import Ring, start_ring
 
@@ -67,33 +68,26 @@ class Cache:
     """What the decoder remembers: the number of tokens seen, and each layer's own.
 
     Attributes:
+      layers: one after the other; for "mosaic" stacked.
       counters: what programs of "mosaic" count each other in, zeros between launches.
-      form: that `decode` has (`decoder_forms`).
-      fused: whether its products may be kernels.
     """
 
     index: Int[Array, ""]
-    layers: tuple[Layer, ...]
-    counters: Int[Array, "phases stride"]
-    form: str = struct.field(pytree_node=False)
-    fused: bool = struct.field(pytree_node=False)
+    layers: tuple[Layer, ...] | Layer
+    counters: Int[Array, "counters stride"] | None
 
 
 def prefill(
-    config: ModelConfig,
-    weights: Weights,
-    labels: Int[Array, " B"],
-    tokens: Int[Array, "B n"],
-    *,
-    implementation: str = "auto",
+    config: ModelConfig, weights: Weights, labels: Int[Array, " B"], tokens: Int[Array, "B n"]
 ) -> tuple[Float32[Array, "B D"], Cache]:
     """`LASADGen.prefill`: features after the label and the first n codes, and the cache.
 
-    Arguments and errors: as of `start`.
+    Raises:
+      ValueError: as `start`.
     """
     model = LASADGen(config, folded=True)
     (features, _), cache = model.apply({"params": weights.params}, labels, tokens, method="read")
-    return features.astype(jnp.float32), start(config, weights, cache, implementation=implementation)
+    return features.astype(jnp.float32), start(config, weights, cache)
 
 
 def logits(weights: Weights, features: Float32[Array, "B D"]) -> Float32[Array, "B V"]:
@@ -102,39 +96,25 @@ def logits(weights: Weights, features: Float32[Array, "B D"]) -> Float32[Array, 
     return jnp.dot(features.astype(head.dtype), head, preferred_element_type=jnp.float32)
 
 
-def start(
-    config: ModelConfig, weights: Weights, cache: PyTree, *, implementation: str = "auto"
-) -> Cache:
+def start(config: ModelConfig, weights: Weights, cache: PyTree) -> Cache:
     """The decoder's cache from the one that `LASADGen.prefill` returned.
 
-    Args:
-      config: the generator's.
-      weights: from `prepare`.
-      cache: of the model.
-      implementation: the form of `decode` from here on, or "auto" for the best that can run,
-        which is "mosaic" if the weights have been prepared for it.
-
     Raises:
-      ValueError: as `resolve_implementation`, or for weights, or rows, that "mosaic" cannot take.
+      ValueError: for more images than the form that the weights are for can take.
     """
-    split = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
-    num_rows = len(jax.tree.leaves(split[0].mixer)[0])
-    form = resolve_implementation(config, implementation, num_rows)
-    if form == "mosaic" and weights.pair != UNIT:
-        if implementation == "mosaic":
-            raise ValueError("implementation: 'mosaic' takes weights that were prepared for it")
-        form = "triton"
+    index = cache.mixer.index[0]
+    if weights.form == "mosaic":
+        num_rows = cache.recent.shape[1]
+        resolve_implementation(config, "mosaic", num_rows)
+        begin = lambda state: to_blocks(start_ring(state), whole_rows(num_rows))
+        layers = Layer(jax.vmap(begin)(cache.mixer), cache.recent)
+        return Cache(index, layers, counters(config.num_layers))
     if config.mixer == "softmax":
         begin = lambda cache: mixers.KeysValues(cache.k, cache.v)
-    elif config.decay == "manhattan":
-        begin = lambda state: state
-    elif form == "mosaic":
-        begin = lambda state: to_blocks(start_ring(state), whole_rows(num_rows))
     else:
-        begin = start_ring
-    layers = tuple(Layer(begin(layer.mixer), layer.recent) for layer in split)
-    counters = jnp.zeros(COUNTERS, jnp.int32)
-    return Cache(split[0].mixer.index, layers, counters, form, implementation != "xla")
+        begin = (lambda state: state) if config.decay == "manhattan" else start_ring
+    split = [jax.tree.map(lambda x, i=i: x[i], cache) for i in range(config.num_layers)]
+    return Cache(index, tuple(Layer(begin(one.mixer), one.recent) for one in split), None)
 
 
 def decode(
@@ -144,7 +124,7 @@ def decode(
 
     Args:
       config: the generator's.
-      weights: from `prepare`.
+      weights: from `prepare`, which says how it is done.
       tokens: codes.
       cache: from `prefill`, `start` or `decode`.
 
@@ -152,63 +132,47 @@ def decode(
       the features, of unit mean square, and the cache after the codes.
     """
     x = jnp.take(weights.params["token_embedding"]["embedding"], tokens, axis=0)
-    if cache.form == "mosaic":
-        x, layers, counters = _layers_of_one_launch(config, weights, x, cache)
+    if weights.form == "mosaic":
+        x, cache = _all_layers(config, weights, x, cache)
     else:
-        layers, counters = [], cache.counters
+        layers = []
         for layer, remembered in zip(weights.layers, cache.layers, strict=True):
-            how = config, cache.form, cache.fused, weights.pair
+            how = config, weights.form, weights.fused
             x, remembered = _layer(*how, layer, weights.turns, x, remembered, cache.index)
             layers.append(remembered)
-    features = normalise(x.astype(jnp.float32))
-    cache = cache.replace(index=cache.index + 1, layers=tuple(layers), counters=counters)
-    return features, cache
+        cache = cache.replace(layers=tuple(layers))
+    return normalise(x.astype(jnp.float32)), cache.replace(index=cache.index + 1)
 
 
-def _layers_of_one_launch(config, weights, x, cache):
-    from lasad_jax.ops.kernels.decode_layer import sums_of_squares
+def _all_layers(config, weights, x, cache):
+    """The residual stream after all layers, and the cache but for its index."""
+    from lasad_jax.ops.kernels import decode_layers
 
-    num_rows = len(x)
-    x = jnp.pad(x, ((0, whole_rows(num_rows) - num_rows), (0, 0)))
-    layers, counters, squares = [], cache.counters, sums_of_squares(x)
-    for layer, remembered in zip(weights.layers, cache.layers, strict=True):
-        x, squares, remembered, counters = _whole_layer(
-            config, layer, weights.head_turns, x, squares, remembered, cache.index, counters
-        )
-        layers.append(remembered)
-    return x[:num_rows], layers, counters
-
-
-# Traced and lowered once for all layers, as `_layer`.
-@functools.partial(jax.jit, static_argnums=0)
-def _whole_layer(config, layer, turns, x, squares, remembered, index, counters):
-    from lasad_jax.ops.kernels import decode_layer
-
-    x, squares, ring, recent, counters = decode_layer.layer(
-        x,
-        squares,
-        remembered.mixer,
-        remembered.recent,
-        index,
-        counters,
-        projection=layer.projection,
-        out=layer.out,
-        taps=layer.conv,
-        gate_up=layer.gate_up,
-        down=layer.down,
-        log_factor=layer.log_factor,
-        turns=turns,
-        gate_bias=layer.gate_bias,
+    num_rows, layers = len(x), weights.layers
+    x, ring, recent, state = decode_layers.all_layers(
+        jnp.pad(x, ((0, whole_rows(num_rows) - num_rows), (0, 0))),
+        cache.layers.mixer,
+        cache.layers.recent,
+        cache.index,
+        cache.counters,
+        projection=layers.projection,
+        out=layers.out,
+        taps=layers.conv,
+        gate_up=layers.gate_up,
+        down=layers.down,
+        log_factor=layers.log_factor,
+        turns=weights.turns,
+        gate_bias=layers.gate_bias,
         offsets=TAPS,
         columns=config.grid[1],
         epsilon=NORM_EPSILON,
     )
-    return x, squares, Layer(ring, recent), counters
+    return x[:num_rows], cache.replace(layers=Layer(ring, recent), counters=state)
 
 
 # Traced and lowered once for all layers: that is most of what starting a deep model takes.
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _layer(config, form, fused, pair, layer, turns, x, remembered, index):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _layer(config, form, fused, layer, turns, x, remembered, index):
     """One layer of `decode`: the residual stream and what the layer remembers."""
     projection = project(fused, x, layer.projection)
     mixer = mixers.softmax if config.mixer == "softmax" else functools.partial(mixers.lasad, form)
@@ -217,7 +181,7 @@ def _layer(config, form, fused, pair, layer, turns, x, remembered, index):
     recent = remembered.recent
     if recent is not None:
         y, recent = _norm_conv(form, config, layer, x, recent, index)
-    hidden = swiglu(fused, y, layer.gate_up, norm=recent is None, pair=pair)
+    hidden = swiglu(fused, y, layer.gate_up, norm=recent is None)
     return project_add(fused, hidden, layer.down, x), Layer(state, recent)
 
 

@@ -46,10 +46,10 @@ def project_add(
 
 
 def swiglu(
-    fused: bool, x: Float[Array, "B D"], w: Float[Array, "D both"], *, norm: bool, pair: int = PAIR
+    fused: bool, x: Float[Array, "B D"], w: Float[Array, "D both"], *, norm: bool
 ) -> Float[Array, "B F"]:
-    """silu(gate) * up of both = x w, or normalise(x) w, where w = `interleave`(gate, up, pair)."""
-    both, width = w.shape[1], pair_width(w.shape[1] // 2, pair)
+    """silu(gate) * up of both = x w, or normalise(x) w, where w = `interleave`(gate, up)."""
+    both, width = w.shape[1], pair_width(w.shape[1] // 2)
     if width != PAIR or not _runs(fused, x, w, gated=True):
         pairs = ((normalise(x) if norm else x) @ w).reshape(-1, both // (2 * width), 2, width)
         return (jax.nn.silu(pairs[:, :, 0]) * pairs[:, :, 1]).reshape(-1, both // 2)

@@ -51,30 +51,37 @@ class Weights:
         parallel pass over what is given. Embedding and head serve decoding too.
       turns: for each token, prefix included, what RoPE multiplies a head by and what it
         multiplies its swapped pairs by: (cos, cos) and (-sin, sin).
-      head_turns: the same of two heads beside each other; for "mosaic" only.
-      layers: one after the other.
-      pair: columns of gate, then of up, at a time in `gate_up`.
+        For "mosaic" twice beside each other.
+      layers: one after the other; for "mosaic" stacked.
+      form: that `decode` has (`decoder_forms`).
+      fused: whether its products may be kernels.
     """
 
     params: PyTree
     turns: Float[Array, "tokens 2 Dk"] | None
-    head_turns: Float[Array, "tokens 2 2*Dk"] | None
-    layers: tuple[LayerWeights, ...]
-    pair: int = struct.field(pytree_node=False, default=PAIR)
+    layers: tuple[LayerWeights, ...] | LayerWeights
+    form: str = struct.field(pytree_node=False)
+    fused: bool = struct.field(pytree_node=False)
 
 
-def prepare(config: ModelConfig, params: PyTree, implementation: str = "auto") -> Weights:
-    """Weights of the decoder.
-
-    Every form of `decode` takes those of any other, but "mosaic" needs its own.
+def prepare(
+    config: ModelConfig,
+    params: PyTree,
+    num_rows: int | None = None,
+    implementation: str = "auto",
+) -> Weights:
+    """Weights of the decoder, for one form of it.
 
     Args:
       config, params: of `LASADGen`; unboxed, layers stacked.
-      implementation: the form of `decode` to prepare for; "auto" is that for this device.
+      num_rows: that a device decodes at a time, with guidance two for each image; None for as
+        many as suit.
+      implementation: the form, or "auto" for the best that can run (`resolve_implementation`).
+
+    Raises:
+      ValueError: as `resolve_implementation`.
     """
-    if implementation == "auto":
-        implementation = resolve_implementation(config)
-    pair = UNIT if implementation == "mosaic" else PAIR
+    form = resolve_implementation(config, implementation, num_rows)
     exact = lambda x: jnp.asarray(x, jnp.float32)
     turns = None
     if config.rope:
@@ -83,14 +90,15 @@ def prepare(config: ModelConfig, params: PyTree, implementation: str = "auto") -
         table = turn_table(config.grid, config.query_dim, prefix_scale=scale)
         turns = jnp.asarray(table, jnp.float32)
     params = fold(config, params)
-    layers = tuple(
-        _layer(config, jax.tree.map(lambda x, i=i: x[i], params["blocks"]), exact, pair)
-        for i in range(config.num_layers)
-    )
-    head_turns = None
-    if turns is not None and implementation == "mosaic":
-        head_turns = jnp.concatenate([turns, turns], axis=-1)
-    return Weights(params, turns, head_turns, layers, pair)
+    if form == "mosaic":
+        layers = jax.vmap(lambda block: _layer(config, block, exact, UNIT))(params["blocks"])
+        turns = turns if turns is None else jnp.concatenate([turns, turns], axis=-1)
+    else:
+        layers = tuple(
+            _layer(config, jax.tree.map(lambda x, i=i: x[i], params["blocks"]), exact, PAIR)
+            for i in range(config.num_layers)
+        )
+    return Weights(params, turns, layers, form, implementation != "xla")
 
 
 def _layer(config: ModelConfig, params: PyTree, exact, pair: int) -> LayerWeights:

@@ -26,7 +26,6 @@ def generate(
     keys: Key[Array, " B"],
     given: Int[Array, "B n"],
     sampling: SamplingConfig,
-    implementation: str = "auto",
 ) -> Int[Array, "B N"]:
     """Draws images code by code.
 
@@ -37,7 +36,6 @@ def generate(
       keys: one per image, so that an image does not depend on its neighbours in the batch.
       given: the first n codes of each image, kept as they are; n may be 0.
       sampling: guidance and filters.
-      implementation: form of the decoder, for which `weights` were prepared.
 
     Returns:
       all N = R * C codes of each image.
@@ -64,9 +62,7 @@ def generate(
 
     if num_given == num_tokens:
         return given
-    carry = decoder.prefill(
-        model_config, weights, all_labels, double(given), implementation=implementation
-    )
+    carry = decoder.prefill(model_config, weights, all_labels, double(given))
     tokens = jnp.arange(num_given, num_tokens)
     uniform = lambda token, key: jax.random.uniform(jax.random.fold_in(key, token))
     uniforms = jax.vmap(jax.vmap(uniform, (None, 0)), (0, None))(tokens, keys)
@@ -102,7 +98,7 @@ def _generate_everywhere(model_config, sampling, mesh, weights, base_key, labels
     )(weights, base_key, labels, numbers, given)
 
 
-_prepare = jax.jit(decoder.prepare, static_argnums=0)
+_prepare = jax.jit(decoder.prepare, static_argnums=(0, 2))
 
 
 def balanced_labels(num: int, num_classes: int) -> Int[np.ndarray, " num"]:
@@ -180,7 +176,9 @@ def sample_batches(
     _check(model_config, labels, given)
     size = _batch_rows(mesh, batch_size, len(labels))
     rows, whole = NamedSharding(mesh, PartitionSpec(mesh.axis_names)), replicated(mesh)
-    weights = _prepare(model_config, jax.device_put(params, whole))
+    weights = _prepare(
+        model_config, jax.device_put(params, whole), _rows_of_device(mesh, size, sampling)
+    )
     base_key = jax.device_put(np.asarray(jax.random.key_data(jax.random.key(seed))), whole)
 
     def draw_batch(numbers):
@@ -233,7 +231,8 @@ def lower_programs(
     numbers = jax.ShapeDtypeStruct((size,), jnp.int32)
     given = jax.ShapeDtypeStruct((size, 0), jnp.int32)
     base_key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    prepare = _prepare.lower(model_config, place(params, whole))
+    num_rows = _rows_of_device(mesh, size, sampling)
+    prepare = _prepare.lower(model_config, place(params, whole), num_rows)
     shared = place((prepare.out_info, base_key), whole)
     of_images = place((numbers, numbers, given), rows)
     return prepare, _generate_everywhere.lower(model_config, sampling, mesh, *shared, *of_images)
@@ -241,6 +240,11 @@ def lower_programs(
 
 def _batch_rows(mesh: Mesh, batch_size: int, num: int) -> int:
     return -(-min(batch_size, max(num, 1)) // mesh.size) * mesh.size
+
+
+def _rows_of_device(mesh: Mesh, size: int, sampling: SamplingConfig) -> int:
+    """That it decodes at a time, of a batch of that size."""
+    return size // mesh.size * (2 if sampling.guidance != 1 else 1)
 
 
 def _check(config: ModelConfig, labels: np.ndarray, given: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Norm and local convolution of a few rows by one warpgroup (`decode_layer`)."""
+"""Norm and local convolution of a few rows by one warpgroup (`decode_layers`)."""
 
 import math
 
@@ -21,7 +21,7 @@ class NormConv:
     """The convolution of a token in some rows, begun with what does not wait for the token."""
 
     def __init__(self, recent, taps, index, offsets, columns: int, epsilon: float, rows: list):
-        """Adds up the neighbours. Arguments: `decode_layer.between`'s, and which rows."""
+        """Adds up the neighbours. Arguments: `decode_layers.between`'s, and which rows."""
         self._recent, self._rows, self._epsilon = recent, rows, epsilon
         self._slot = lax.rem(index, recent.shape[1])
         self._own = 1 + _load(taps.at[0])

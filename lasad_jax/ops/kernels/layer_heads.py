@@ -1,4 +1,4 @@
-"""The heads of one token inside `decode_layer`: what LASAD's mixer does between its projections.
+"""The heads of one token inside `decode_layers`: what LASAD's mixer does between its projections.
 
 A part is one head of eight images. Tensor cores want 64 rows of the left operand, so one image's
 query cannot be the right one by itself: queries of eight images are the diagonal blocks of a
@@ -24,7 +24,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from lasad_jax.ops.kernels.layer_pipeline import TRANSFORMS, TRANSPOSED, Pipeline, next_slot
+from lasad_jax.ops.kernels.layer_pipeline import (
+    TRANSFORMS,
+    TRANSPOSED,
+    Pipeline,
+    next_slot,
+    rolled_loop,
+)
 from lasad_jax.ops.kernels.layer_ring import BLOCK, HALF, BlockedRing
 from lasad_jax.ops.kernels.layer_tiling import DEPTH, HEAD, UNIT, Product
 from lasad_jax.ops.kernels.mosaic_tiles import (
@@ -43,8 +49,8 @@ KEY, _ = HEAD
 SLOTS = 3  # parts on their way at once
 _WIDE = 2 * BLOCK  # images of a block twice beside each other
 # Rows of 64 numbers that a part takes.
-_PIECES = {"keys": UNIT, "queries": 2 * _WIDE, "scores": _WIDE, "gates": _WIDE}
-_PIECES |= {"values": BLOCK, "out_gates": BLOCK}
+_PIECES = {"keys": UNIT, "queries": 2 * _WIDE, "scores": _WIDE}
+_PIECES |= {"gates": BLOCK, "values": BLOCK, "out_gates": BLOCK}
 
 
 def memory_types() -> dict:
@@ -53,10 +59,10 @@ def memory_types() -> dict:
     turned = (plgpu.TilingTransform((8, KEY)), plgpu.SwizzleTransform(2 * KEY))
     logs = plgpu.SMEM((SLOTS, BLOCK * ROWS), jnp.float32)
     return {name: tiles(SLOTS * rows) for name, rows in _PIECES.items()} | {
-        "qk": plgpu.SMEM((SLOTS * 2 * _WIDE, UNIT), jnp.bfloat16, transforms=turned),
+        "qk": plgpu.SMEM((SLOTS * _WIDE, UNIT), jnp.bfloat16, transforms=turned),
         "logs_before": logs,
         "logs": logs,
-        "logs_after": plgpu.SMEM((BLOCK * ROWS,), jnp.float32),
+        "logs_after": logs,
         "dense": tiles(_WIDE),
         "halves": tiles(2 * UNIT),
     }
@@ -71,7 +77,7 @@ def lasting_types(num_heads: int, has_gates: bool) -> dict:
         "biases": table,
         "tables_full": plgpu.Barrier(num_arrivals=1 + has_gates),
         "keys_full": barrier(2),
-        "qk_full": barrier(8),
+        "qk_full": barrier(5),
         "values_full": barrier(2),
         "prepared": barrier(1),
         "finished": barrier(1),
@@ -89,8 +95,8 @@ class Heads:
       projected: [q | k | v | out_gate] of one head after the other, then the content gates.
       mixed: where gated outputs go.
       index: number of tokens before this one.
-      log_factor: of the steps to all places by all heads.
-      turns: for each token what RoPE multiplies two keys beside each other by, and their swapped
+      log_factor: of this step, of each head.
+      turns: what RoPE multiplies a token of two keys beside each other by, and their swapped
         pairs; None for no RoPE.
       gate_bias: of the content gates; None for none.
       epsilon: of the heads' norm.
@@ -118,10 +124,9 @@ class Heads:
         return 1 + lax.rem(self.index - 1, NUM_RECENT)
 
     def load_tables(self) -> None:
-        """For `prepare`, which waits for them."""
+        """Before `prepare`, which waits for them."""
         scratch = self.pipeline.scratch
-        factors = self.log_factor.at[self.index - 1]
-        plgpu.copy_gmem_to_smem(factors, scratch["factors"], scratch["tables_full"])
+        plgpu.copy_gmem_to_smem(self.log_factor, scratch["factors"], scratch["tables_full"])
         if self.gate_bias is not None:
             plgpu.copy_gmem_to_smem(self.gate_bias, scratch["biases"], scratch["tables_full"])
 
@@ -141,44 +146,34 @@ class Heads:
                 position, slot = self.pipeline.load_piece(piece, position, slot, shared=False)
             return position, slot
 
-        return lax.fori_loop(0, self.num_parts, step, (position, slot))
+        return rolled_loop(self.num_parts, step, (position, slot))
 
     def prepare(self, wait) -> None:
         """Operands of all parts; `wait` until projections are there."""
-        scratch = self.pipeline.scratch
-
-        def some(t, load):
-            pl.when(t < self.num_parts)(functools.partial(load, jnp.int32(t), t))
-
-        for t in range(SLOTS):
-            some(t, self._load_keys)
-        turns = None
-        if self.turns is not None:
-            load = functools.partial(plgpu.load, layout=ROW, optimized=False)
-            turns = [load(self.turns.at[self.index, i]) for i in range(2)]
+        scratch, num_parts = self.pipeline.scratch, self.num_parts
+        turns = self._turns()
         plgpu.barrier_wait(scratch["tables_full"])
-        pl.when(self.num_parts > 0)(wait)
-        for t in range(SLOTS):
-            some(t, self._load_projections)
 
-        def step(t, slot):
-            @pl.when(t >= SLOTS)
-            def _():
-                plgpu.barrier_wait(scratch["finished"].at[slot])
+        def some_parts(i, _):
+            first = i * SLOTS
+            num = jnp.minimum(num_parts - first, SLOTS)
+
+            def load_keys(slot, _):
+                # What was written in these places, and what is still read there.
+                pl.when(i > 0)(lambda: plgpu.barrier_wait(scratch["finished"].at[slot]))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
-                self._load_keys(t, slot)
-                self._load_projections(t, slot)
+                self._load_keys(first + slot, slot)
 
-            self._prepare(t, slot, turns)
-            return next_slot(slot, SLOTS)
+            rolled_loop(num, load_keys, None)
+            pl.when(i == 0)(wait)
+            rolled_loop(num, lambda slot, _: self._load_projections(first + slot, slot), None)
+            rolled_loop(num, lambda slot, _: self._prepare(first + slot, slot, turns), None)
 
-        lax.fori_loop(0, self.num_parts, step, jnp.int32(0))
+        rolled_loop((num_parts + SLOTS - 1) // SLOTS, some_parts, None)
+        num = jnp.minimum(num_parts, SLOTS)
+        rolled_loop(num, lambda slot, _: plgpu.barrier_wait(scratch["finished"].at[slot]), None)
         plgpu.wait_smem_to_gmem(0)
-
-        def drain(t, _):
-            plgpu.barrier_wait(scratch["finished"].at[lax.rem(t, SLOTS)])
-
-        lax.fori_loop(jnp.maximum(self.num_parts - SLOTS, 0), self.num_parts, drain, None)
         # What was written here before rows of products come.
         plgpu.commit_smem()
 
@@ -190,9 +185,15 @@ class Heads:
             slot = self._finish(t, part, slot)
             return next_slot(part, SLOTS), slot
 
-        _, slot = lax.fori_loop(0, self.num_parts, step, (jnp.int32(0), slot))
+        _, slot = rolled_loop(self.num_parts, step, (jnp.int32(0), slot))
         plgpu.wait_smem_to_gmem(0)
         return slot
+
+    def _turns(self):
+        if self.turns is None:
+            return None
+        load = functools.partial(plgpu.load, layout=ROW, optimized=False)
+        return [load(self.turns.at[i]) for i in range(2)]
 
     def _load_keys(self, t, slot):
         row, head = self.pipeline.place(self.parts, t)
@@ -213,17 +214,13 @@ class Heads:
             plgpu.copy_gmem_to_smem(source, target, full.at[slot])
 
         full = scratch["qk_full"]
-        for below in range(2):
-            for right in range(2):
-                load(first, KEY, self._qk(slot, below, KEY * right), full)
-        for right in range(2):
-            load(first + KEY, KEY, self._qk(slot, 2, KEY * right), full)
-        # Without gates what is read is not used: arrivals are the same.
-        gates = self.parts.N // UNIT * 2 * (KEY + UNIT) if self.gate_bias is not None else 0
-        gates += (head // UNIT) * UNIT if self.gate_bias is not None else 0
-        for below in range(2):
-            target = self._piece("gates", slot).at[pl.ds(below * BLOCK, BLOCK)]
-            load(gates, UNIT, target, full)
+        for right in (0, KEY):
+            load(first, KEY, self._qk(slot, 0, right), full)
+            load(first + KEY, KEY, self._qk(slot, BLOCK, right), full)
+        gates = 0  # nothing that is used, if there are none
+        if self.gate_bias is not None:
+            gates = self.parts.N // UNIT * 2 * (KEY + UNIT) + head // UNIT * UNIT
+        load(gates, UNIT, self._piece("gates", slot), full)
         full = scratch["values_full"]
         load(first + 2 * KEY, UNIT, self._piece("values", slot), full)
         load(first + 2 * KEY + UNIT, UNIT, self._piece("out_gates", slot), full)
@@ -233,7 +230,7 @@ class Heads:
         scratch, interpret = self.pipeline.scratch, self.pipeline.interpret
         row, head = self.pipeline.place(self.parts, t)
         half, r = self._slot // HALF, lax.rem(self._slot, HALF)
-        places, columns = iota(0, _WIDE), iota(1, _WIDE)
+        places, columns = _iota(0, _WIDE), _iota(1, _WIDE)
         left = columns < BLOCK
 
         def activated(x):
@@ -243,17 +240,17 @@ class Heads:
                 x = _rounded(x * cos + _swapped(x, interpret) * sin)
             return x
 
-        # What the part before has left in shared memory has been read.
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         plgpu.barrier_wait(scratch["keys_full"].at[part])
         plgpu.barrier_wait(scratch["qk_full"].at[part])
-        q = _across(self._qk_rows(part, 0, _WIDE)).astype(jnp.float32)
-        k = _across(self._qk_rows(part, _WIDE, BLOCK)).astype(jnp.float32)
-        q, k = _rounded(activated(q) * KEY**-0.5), activated(k)
+        q, k = (
+            activated(_across(self._qk_rows(part, first)).astype(jnp.float32))
+            for first in (0, BLOCK)
+        )
+        q = _twice(_rounded(q * KEY**-0.5))
 
         keys = self._piece("keys", part)
         own = keys.at[pl.ds(r * BLOCK, BLOCK)]
-        mine = lax.div(iota(0, BLOCK), KEY) == half
+        mine = lax.div(_iota(0, BLOCK), KEY) == half
         _put_across(own, jnp.where(mine, k, _across(own).astype(jnp.float32)))
         dense = scratch["dense"]
         _put_across(dense, jnp.where(lax.div(places, KEY) == lax.div(columns, BLOCK), q, 0.0))
@@ -266,68 +263,57 @@ class Heads:
         new = self.ring.recent_k.at[head, pl.ds(row * HALF + r * BLOCK, BLOCK)]
         plgpu.copy_smem_to_gmem(own, new)
 
-        def of_images():
-            """The step's log-factor of each image, in all rows."""
-            factor = scratch["factors"][head]
-            if self.gate_bias is None:
-                return factor
-            # No sum over rows: warpgroups have one scratch memory for it.
-            chosen = jnp.where(iota(1) == lax.rem(head, UNIT), 1.0, 0.0).astype(jnp.bfloat16)
-            gates = transposed(self._piece("gates", part))
-            ((content,), _) = multiply([(chosen, gates)], interpret=interpret)
-            return factor - _softplus(content + scratch["biases"][head])
-
-        g = of_images()
-
-        def weigh():
-            """While scores are on their way: log-weights and weights."""
-            logs = scratch["logs_before"].at[part]
-            first, second = (
-                by_row(plgpu.load(logs.at[pl.ds(i * UNIT, UNIT)], layout=ROW), _WIDE)
-                for i in range(2)
-            )
-            logs = jnp.where(left, first, second) + g
-            is_new = (lax.div(places, BLOCK) == r) & (lax.div(columns, BLOCK) == half)
-            logs = jnp.where(is_new, 0.0, logs)
-            own = lax.rem(places, BLOCK) == lax.rem(columns, BLOCK)
-            weights = jnp.where((places < BLOCK) & left, 1.0, jnp.exp(logs))
-            empty = plgpu.broadcasted_iota(jnp.int32, (UNIT,), 0, layout=ROW) < BLOCK
-            for i, here in enumerate((own & left, own & (columns >= BLOCK))):
-                place = pl.ds(i * UNIT, UNIT)
-                value = jnp.sum(jnp.where(here, logs, 0.0), axis=1)
-                scratch["logs"].at[part, place][...] = value
-                cleared = jnp.where(empty, 0.0, -jnp.inf) if i == 0 else jnp.full_like(value, -jnp.inf)
-                folded = jnp.broadcast_to(self._slot, value.shape) == NUM_RECENT
-                scratch["logs_after"].at[place][...] = jnp.where(folded, cleared, value)
-            return jnp.where(own, weights, 0.0)
-
-        (scores,), weights = multiply(
-            [(keys, transposed(dense))], work=weigh, interpret=interpret
+        # No sum over rows, for which all warpgroups have one scratch memory: this one's gates are
+        # chosen by a product.
+        chosen = jnp.where(_iota(1) == lax.rem(head, UNIT), 1.0, 0.0).astype(jnp.bfloat16)
+        gates = transposed(self._piece("gates", part))
+        (content, scores), (first, second) = multiply(
+            [(chosen, gates)],
+            [(keys, transposed(dense))],
+            work=lambda: [self._logs("logs_before", part, i) for i in range(2)],
+            interpret=interpret,
         )
-        _put_across(self._piece("scores", part), scores * weights)
+        g = scratch["factors"][head]
+        if self.gate_bias is not None:
+            g -= _twice(_softplus(content + scratch["biases"][head]))
+        logs = jnp.where(left, by_row(first, _WIDE), by_row(second, _WIDE)) + g
+        is_new = (lax.div(places, BLOCK) == r) & (lax.div(columns, BLOCK) == half)
+        logs = jnp.where(is_new, 0.0, logs)
+        images = lax.rem(places, BLOCK) == lax.rem(columns, BLOCK)
+        # The prefix token keeps its weight.
+        weights = jnp.where((places < BLOCK) & left, 1.0, jnp.exp(logs))
+        scores = jnp.where(images, scores * weights, 0.0)
+        _put_across(self._piece("scores", part), scores)
+        empty = plgpu.broadcasted_iota(jnp.int32, (UNIT,), 0, layout=ROW) < BLOCK
+        for i, side in enumerate((images & left, images & (columns >= BLOCK))):
+            place = pl.ds(i * UNIT, UNIT)
+            value = jnp.sum(jnp.where(side, logs, 0.0), axis=1)
+            scratch["logs"].at[part, place][...] = value
+            cleared = jnp.where(empty, 0.0, -jnp.inf) if i == 0 else jnp.full_like(value, -jnp.inf)
+            folded = jnp.broadcast_to(self._slot, value.shape) == NUM_RECENT
+            scratch["logs_after"].at[part, place][...] = jnp.where(folded, cleared, value)
         plgpu.commit_smem()
         plgpu.barrier_arrive(scratch["prepared"].at[part])
-        place = pl.ds(row * ROWS, BLOCK * ROWS)
-        plgpu.copy_smem_to_gmem(scratch["logs_after"], self.ring.log_weight.at[head, place])
+        after = self.ring.log_weight.at[head, pl.ds(row * ROWS, BLOCK * ROWS)]
+        plgpu.copy_smem_to_gmem(scratch["logs_after"].at[part], after)
 
     def _finish(self, t, part, slot):
         scratch, interpret = self.pipeline.scratch, self.pipeline.interpret
         row, head = self.pipeline.place(self.parts, t)
         w, w_full, w_empty = (scratch[name] for name in ("w", "w_full", "w_empty"))
-        slots = []
+        slots = [slot]
         for _ in range(3):
-            slots.append(slot)
-            slot = next_slot(slot, w.shape[0])
-        values = w.at[slots[2]]
+            slots.append(next_slot(slots[-1], w.shape[0]))
+        *slots, following = slots
+        values, v = w.at[slots[2]], self._piece("values", part)
         plgpu.barrier_wait(scratch["values_full"].at[part])
-        v = self._piece("values", part)
         plgpu.barrier_wait(w_full.at[slots[2]])
         _put_across(values.at[pl.ds(self._slot * BLOCK, BLOCK)], _across(v))
         plgpu.commit_smem()
         new = self.ring.recent_v.at[head, pl.ds(row * ROWS + self._slot * BLOCK, BLOCK)]
         plgpu.copy_smem_to_gmem(v, new)
-        for i in range(2):
-            plgpu.barrier_wait(w_full.at[slots[i]])
+        for slot in slots[:2]:
+            plgpu.barrier_wait(w_full.at[slot])
         plgpu.barrier_wait(scratch["prepared"].at[part])
 
         def chunk(piece, i):
@@ -363,47 +349,8 @@ class Heads:
         plgpu.commit_smem()
         place = pl.ds(row, BLOCK), pl.ds(head * UNIT, UNIT)
         plgpu.copy_smem_to_gmem(out, self.mixed.at[*place])
-
-        self._fold(part, row, head, slots)
-        for taken in slots:
-            plgpu.barrier_arrive(w_empty.at[taken])
-        plgpu.barrier_arrive(scratch["finished"].at[part])
-        return slot
-
-    def _fold(self, part, row, head, slots) -> None:
-        """All rows of the ring into the memories, if it is full."""
-        scratch = self.pipeline.scratch
-        w, logs = scratch["w"], scratch["logs"].at[part]
-        values = w.at[slots[2]]
-        halves = [scratch["halves"].at[pl.ds(i * UNIT, UNIT)] for i in range(2)]
-        left = iota(1) < KEY
-
-        def image(b, _):
-            first, second = (
-                by_row(jnp.exp(plgpu.load(logs.at[pl.ds(i * UNIT, UNIT)], layout=ROW)))
-                for i in range(2)
-            )
-            # The prefix token is never folded.
-            weights = jnp.where(left, jnp.where(iota(0) < BLOCK, 0.0, first), second)
-            weights = jnp.where(lax.rem(iota(0), BLOCK) == b, weights, 0.0)
-            weighted = self._piece("keys", part)[...].astype(jnp.float32) * weights
-            halves[0][...] = jnp.where(left, weighted, 0.0).astype(jnp.bfloat16)
-            halves[1][...] = jnp.where(left, 0.0, weighted).astype(jnp.bfloat16)
-            plgpu.commit_smem()
-            chunk = lambda i: transposed(values.at[pl.ds(i * UNIT, UNIT)])
-            (both,), _ = multiply(
-                [(chunk(i), halves[i]) for i in range(2)], interpret=self.pipeline.interpret
-            )
-            memory = w.at[jnp.where(b < BLOCK // 2, slots[0], slots[1])]
-            memory = memory.at[pl.ds(lax.rem(b, BLOCK // 2) * KEY, KEY)]
-            decayed = jnp.exp(logs[b]) * _across(memory).astype(jnp.float32)
-            _put_across(memory, decayed + both[:, :KEY] + both[:, KEY:])
-            # All warps are done with the halves.
-            plgpu.commit_smem()
-
-        # No condition: tensor cores would wait for each product of the whole kernel.
         full = self._slot == NUM_RECENT
-        lax.fori_loop(0, jnp.where(full, BLOCK, 0), image, None)
+        rolled_loop(jnp.where(full, BLOCK, 0), functools.partial(self._fold, part, slots), None)
 
         @pl.when(full)
         def _():
@@ -411,6 +358,37 @@ class Heads:
                 place = pl.ds(row * KEY + i * DEPTH, DEPTH)
                 plgpu.copy_smem_to_gmem(w.at[slots[i]], self.ring.memory.at[head, place])
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        for taken in slots:
+            plgpu.barrier_arrive(w_empty.at[taken])
+        plgpu.barrier_arrive(scratch["finished"].at[part])
+        return following
+
+    def _fold(self, part, slots, b, _) -> None:
+        """All rows of the ring into the memory of image b."""
+        scratch = self.pipeline.scratch
+        w, logs = scratch["w"], scratch["logs"].at[part]
+        values = w.at[slots[2]]
+        halves = [scratch["halves"].at[pl.ds(i * UNIT, UNIT)] for i in range(2)]
+        left = _iota(1) < KEY
+        first, second = (by_row(jnp.exp(self._logs("logs", part, i))) for i in range(2))
+        # The prefix token is never folded.
+        weights = jnp.where(left, jnp.where(_iota(0) < BLOCK, 0.0, first), second)
+        weights = jnp.where(lax.rem(_iota(0), BLOCK) == b, weights, 0.0)
+        weighted = self._piece("keys", part)[...].astype(jnp.float32) * weights
+        halves[0][...] = jnp.where(left, weighted, 0.0).astype(jnp.bfloat16)
+        halves[1][...] = jnp.where(left, 0.0, weighted).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        chunk = lambda i: transposed(values.at[pl.ds(i * UNIT, UNIT)])
+        (both,), _ = multiply(
+            [(chunk(i), halves[i]) for i in range(2)], interpret=self.pipeline.interpret
+        )
+        memory = w.at[jnp.where(b < BLOCK // 2, slots[0], slots[1])]
+        memory = memory.at[pl.ds(lax.rem(b, BLOCK // 2) * KEY, KEY)]
+        decayed = jnp.exp(logs[b]) * _across(memory).astype(jnp.float32)
+        _put_across(memory, decayed + both[:, :KEY] + both[:, KEY:])
+        # All warps are done with the halves.
+        plgpu.commit_smem()
 
     def _piece(self, name, part):
         rows = _PIECES[name]
@@ -420,11 +398,15 @@ class Heads:
         return self._piece("queries", part).at[pl.ds(pair * _WIDE, _WIDE)]
 
     def _qk(self, slot, below, column):
-        rows = pl.ds(slot * 2 * _WIDE + below * BLOCK, BLOCK)
+        rows = pl.ds(slot * _WIDE + below, BLOCK)
         return self.pipeline.scratch["qk"].at[rows, pl.ds(column, KEY)]
 
-    def _qk_rows(self, slot, first, number):
-        return self.pipeline.scratch["qk"].at[pl.ds(slot * 2 * _WIDE + first, number)]
+    def _qk_rows(self, slot, first):
+        return self.pipeline.scratch["qk"].at[pl.ds(slot * _WIDE + first, BLOCK)]
+
+    def _logs(self, name, part, i):
+        logs = self.pipeline.scratch[name].at[part, pl.ds(i * UNIT, UNIT)]
+        return plgpu.load(logs, layout=ROW)
 
 
 def _across(ref):
@@ -434,6 +416,15 @@ def _across(ref):
 
 def _put_across(ref, value):
     transposed(ref)[...] = plgpu.layout_cast(value.astype(jnp.bfloat16), TRANSPOSED)
+
+
+def _iota(dimension, width=UNIT):
+    """Made anew wherever it is used: kept through all loops, it would take too many registers."""
+    return lax.optimization_barrier(iota(dimension, width))
+
+
+def _twice(x):
+    return jnp.concatenate([x, x], axis=1)
 
 
 def _rounded(x):

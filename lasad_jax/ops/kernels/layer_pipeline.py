@@ -1,4 +1,4 @@
-"""Products one after the other through the same shared memory (`decode_layer`).
+"""Products one after the other through the same shared memory (`decode_layers`).
 
 One warpgroup loads pieces of the matrices of all products, one loads rows and one multiplies.
 Slots of matrices are refilled in turn from the first product to the last; slots of rows begin
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lasad_jax.ops.kernels.layer_tiling import (
@@ -40,9 +41,9 @@ def scratch_types(
     barrier = plgpu.Barrier(num_barriers=num_slots)
     clusters = plgpu.ClusterBarrier(collective_axes=("rank",), num_barriers=num_slots)
     return {
-        "x": plgpu.RefUnion(tiles(rows_in_flight(products), DEPTH), others),
-        "x_full": plgpu.Barrier(num_barriers=most_slots),
-        "x_empty": plgpu.Barrier(num_barriers=most_slots),
+        "rows": plgpu.RefUnion(tiles(rows_in_flight(products), DEPTH), others),
+        "rows_full": plgpu.Barrier(num_barriers=most_slots),
+        "rows_empty": plgpu.Barrier(num_barriers=most_slots),
         "w": tiles(num_slots, DEPTH, UNIT),
         "w_full": barrier,
         "w_empty": barrier if interpret else clusters,
@@ -97,7 +98,8 @@ class Pipeline:
                 position, slot = self.load_piece(piece, position, slot)
             return position, slot
 
-        return lax.fori_loop(0, self.tiles(product) * product.steps, step, (position, slot))
+        num = self.tiles(product) * product.steps
+        return rolled_loop(num, step, (position, slot))
 
     def load_piece(self, piece: jax.Ref, position, slot, *, shared: bool = True):
         """One of DEPTH by UNIT numbers, for all programs of a cluster if `shared`."""
@@ -117,7 +119,7 @@ class Pipeline:
 
     def load_rows(self, product: Product, source: jax.Ref, then=None) -> None:
         """`then` is called when those of the first tile are on their way."""
-        full, empty = self.scratch["x_full"], self.scratch["x_empty"]
+        full, empty = self.scratch["rows_full"], self.scratch["rows_empty"]
 
         def step(i, _):
             slot = lax.rem(i, product.slots)
@@ -133,12 +135,12 @@ class Pipeline:
             if then is not None:
                 pl.when(i == product.steps - 1)(then)
 
-        lax.fori_loop(0, self.tiles(product) * product.steps, step, None)
+        rolled_loop(self.tiles(product) * product.steps, step, None)
 
     def rows_are_taken(self, product: Product) -> None:
         """Waits until none of a product's rows is in use."""
         num = self.tiles(product) * product.steps
-        _drain(self.scratch["x_empty"], num, product.slots)
+        _drain(self.scratch["rows_empty"], num, product.slots)
 
     def multiply(self, product, result, slot, finish, begin=None, after=None):
         """All tiles of a product, and their columns of the result.
@@ -149,7 +151,7 @@ class Pipeline:
           finish: (t, *sums) of this program's tile t, each (UNIT, rows) with a row for each
             column, to what is rounded.
           begin, after: of a tile, called with its first row and its column in units; `after`
-            with what was rounded before these, and whether it is the last.
+            with what was rounded before these.
 
         Returns:
           the slot after it. The result has been written.
@@ -169,7 +171,7 @@ class Pipeline:
             place = result.at[pl.ds(row, product.rows), pl.ds(column * UNIT, UNIT)]
             plgpu.copy_smem_to_gmem(target, place)
             if after is not None:
-                after(value, row, column, t == self.tiles(product) - 1)
+                after(value, row, column)
             return slots
 
         _, slot = lax.fori_loop(0, self.tiles(product), tile, (jnp.int32(0), slot))
@@ -181,12 +183,12 @@ class Pipeline:
         return self.scratch["out"].at[pl.ds(0, product.rows)]
 
     def _rows(self, product, slot):
-        return self.scratch["x"].at[pl.ds(slot * product.rows, product.rows)]
+        return self.scratch["rows"].at[pl.ds(slot * product.rows, product.rows)]
 
     def _sums(self, product, slots):
         """Of the next tile, whose first pieces of rows and of the matrix lie in `slots`."""
         x_full, x_empty, w, w_full, w_empty = (
-            self.scratch[name] for name in ("x_full", "x_empty", "w", "w_full", "w_empty")
+            self.scratch[name] for name in ("rows_full", "rows_empty", "w", "w_full", "w_empty")
         )
 
         def release(x_slot, w_slots):
@@ -202,6 +204,8 @@ class Pipeline:
                 w_slots = []
                 for total in sums:
                     plgpu.barrier_wait(w_full.at[slot])
+                    if not self.interpret:
+                        _order_registers()
                     plgpu.wgmma(total, transposed(w.at[slot]), rows)
                     w_slots.append(slot)
                     slot = next_slot(slot, w.shape[0])
@@ -224,6 +228,29 @@ class Pipeline:
         return sums, slots
 
 
+def rolled_loop(num, step, carry):
+    """`lax.fori_loop` from 0 to num, of which the compiler does not repeat the body.
+
+    A layer's code must fit in the cache of instructions.
+    """
+
+    def body(state):
+        i, carry = state
+        # Who cannot know the next i cannot unroll.
+        return lax.optimization_barrier(i + 1), step(i, carry)
+
+    return lax.while_loop(lambda state: state[0] < num, body, (jnp.int32(0), carry))[1]
+
+
+@plgpu.inline_mgpu()
+def _order_registers(_):
+    """Where ptxas has to add this by itself, it may make every product wait for its end.
+
+    Between this and the product there must be no branch, such as the wait for a barrier.
+    """
+    mgpu.utils.inline_ptx("wgmma.fence.sync.aligned;", has_side_effects=True)
+
+
 def next_slot(slot, slots):
     """Without a division, which would take as long as the products of a step."""
     return jnp.where(slot == slots - 1, 0, slot + 1)
@@ -232,7 +259,10 @@ def next_slot(slot, slots):
 def _drain(empty, position, slots):
     """Waits for the last uses of slots, for which no refill has waited."""
 
-    def step(i, _):
-        plgpu.barrier_wait(empty.at[lax.rem(i, slots)])
+    first = jnp.maximum(position - slots, 0)
 
-    lax.fori_loop(jnp.maximum(position - slots, 0), position, step, None)
+    def step(i, slot):
+        plgpu.barrier_wait(empty.at[slot])
+        return next_slot(slot, slots)
+
+    rolled_loop(position - first, step, lax.rem(first, slots))

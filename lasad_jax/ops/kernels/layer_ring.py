@@ -1,4 +1,4 @@
-"""A layer's ring of keys and values as `decode_layer` reads it: by head, eight images at a time.
+"""A layer's ring of keys and values as `decode_layers` reads it: by head, eight images at a time.
 
 What one program takes of a head then lies together: a block of images' memories, and each token's
 keys, values and log-weights of all images of the block beside each other.

@@ -1,4 +1,4 @@
-"""How the products between two mixers are cut into tiles (`decode_layer`).
+"""How the products between two mixers are cut into tiles (`decode_layers`).
 
 M rows, K inputs, N outputs. A tile is 64 columns of the result, for gated products from 64 of the
 gate and 64 of up, by a number of rows.
@@ -8,6 +8,8 @@ import dataclasses
 import os
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from lasad_jax.ops.kernels.choice import device, is_hopper
 from lasad_jax.ops.kernels.decode_tiling import INTAKE, L2, PRODUCTS, SHARED_MEMORY
@@ -16,8 +18,8 @@ UNIT = 64  # columns of a piece of a matrix
 HEAD = (32, UNIT)  # keys and values
 DEPTH = 128  # inputs of a piece of a matrix or of rows
 CLUSTER = 2  # programs, of rows below each other, that share pieces of matrices
-# int32 that programs count each other in: of each phase, in a line of the L2 cache of its own.
-COUNTERS = (6, 32)
+PHASES = 6  # of a layer
+_STRIDE = 32  # int32 between counters: each has a line of the L2 cache
 # Devices known to hold a program on each, in clusters, at once: they wait for each other.
 _MULTIPROCESSORS = (132,)
 _CHANNELS = 128  # threads that a row is spread over
@@ -107,6 +109,11 @@ def weight_slots(products: tuple[Product, ...], programs: int) -> int:
     others = rows * UNIT * 2 + MOST_ROWS * 4 * (width * projection.most_tiles(programs) + 2)
     others += max(rows_in_flight(products) * DEPTH * 2, _HEADS_BYTES) + _BARRIERS
     return min((SHARED_MEMORY - others) // _PIECE_BYTES, _MOST_SLOTS)
+
+
+def counters(num_layers: int) -> Int[Array, "counters stride"]:
+    """Zeros, that programs count each other in: of each phase, and one to leave by."""
+    return jnp.zeros((num_layers * PHASES + 1, _STRIDE), jnp.int32)
 
 
 def num_programs() -> int | None:

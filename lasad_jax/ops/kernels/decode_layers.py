@@ -1,4 +1,4 @@
-"""A layer of the decoder in one launch, on Hopper.
+"""All layers of the decoder in one launch, on Hopper.
 
     projection = (x / rms(x)) projection        product
     mixed = the heads                           `layer_heads`
@@ -6,11 +6,12 @@
     y  = local convolution of x / rms(x)        rows
     x <- x + swiglu(y gate_up) down             products
 
-A Mosaic GPU kernel for bf16: one program per multiprocessor goes through these phases. Each takes
-its tiles (`layer_tiling`) of a phase as soon as all programs are done with the one before
-(`grid_barrier`). Matrices and memories depend on no phase: a warpgroup of its own loads them as
-far ahead as shared memory reaches, over phases. Tensor cores take their pieces as the left
-operand and rows as the right one, so that a tile may have any multiple of eight rows.
+A Mosaic GPU kernel for bf16: one program per multiprocessor goes through these phases of one layer
+after the other. Each takes its tiles (`layer_tiling`) of a phase as soon as all programs are done
+with the one before (`grid_barrier`). Matrices and memories depend on no phase: a warpgroup of its
+own loads them as far ahead as shared memory reaches, over phases and layers. Tensor cores take
+their pieces as the left operand and rows as the right one, so that a tile may have any multiple of
+eight rows.
 
 M rows, D channels, H heads of 32 keys and 64 values, F hidden channels, E columns of the
 projection, W slots of the convolution's ring.
@@ -34,6 +35,7 @@ from lasad_jax.ops.kernels.layer_ring import BLOCK, BlockedRing
 from lasad_jax.ops.kernels.layer_tiling import (
     CLUSTER,
     MOST_ROWS,
+    PHASES,
     UNIT,
     Product,
     best_product,
@@ -41,8 +43,8 @@ from lasad_jax.ops.kernels.layer_tiling import (
 )
 from lasad_jax.ops.kernels.mosaic_tiles import COLUMN, TILE, transposed
 
-# What is done of a layer when everybody has signalled it, in this order; then programs leave.
-PROJECTED, MIXED, SUMMED, CONVOLVED, HIDDEN = PHASES = range(5)
+# What is done of a layer when everybody has signalled it, in this order.
+PROJECTED, MIXED, SUMMED, CONVOLVED, HIDDEN, ADDED = range(PHASES)
 # Copies of squares are not clipped at the last row: so far beyond it a cluster's tile may reach.
 _MORE_ROWS = CLUSTER * MOST_ROWS
 # Warpgroups of a program.
@@ -52,22 +54,21 @@ _MULTIPLY, _LOAD_ROWS, _LOAD_WEIGHTS = range(3)
 @functools.partial(
     jax.jit, static_argnames=("offsets", "columns", "epsilon", "programs", "interpret")
 )
-def layer(
+def all_layers(
     x: BFloat16[Array, "M D"],
-    squares: Float32[Array, "parts rows"],
     ring: BlockedRing,
-    recent: BFloat16[Array, "B W D"],
+    recent: BFloat16[Array, "layers B W D"],
     index: Int[Array, ""],
     counters: Int[Array, "counters stride"],
     *,
-    projection: BFloat16[Array, "D E"],
-    out: BFloat16[Array, "V D"],
-    taps: BFloat16[Array, "taps D"],
-    gate_up: BFloat16[Array, "D 2*F"],
-    down: BFloat16[Array, "F D"],
-    log_factor: Float32[Array, "places H"],
+    projection: BFloat16[Array, "layers D E"],
+    out: BFloat16[Array, "layers V D"],
+    taps: BFloat16[Array, "layers taps D"],
+    gate_up: BFloat16[Array, "layers D 2*F"],
+    down: BFloat16[Array, "layers F D"],
+    log_factor: Float32[Array, "layers places H"],
     turns: Float32[Array, "tokens 2 64"] | None,
-    gate_bias: Float32[Array, " H"] | None,
+    gate_bias: Float32[Array, "layers H"] | None,
     offsets: tuple[tuple[int, int], ...],
     columns: int,
     epsilon: float,
@@ -75,22 +76,20 @@ def layer(
     interpret: bool = False,
 ) -> tuple[
     BFloat16[Array, "M D"],
-    Float32[Array, "parts rows"],
     BlockedRing,
-    BFloat16[Array, "B W D"],
+    BFloat16[Array, "layers B W D"],
     Int[Array, "counters stride"],
 ]:
-    """Takes a token through a layer.
+    """Takes a token through all layers.
 
     Args:
       x: the residual stream. M is `whole_rows(B)` of `layer_tiling`: what rows beyond the images
         hold, here and in the results, means nothing.
-      squares: of x, as `sums_of_squares` or the layer before gives them.
-      ring: of the mixer, of M images; updated in place.
-      recent: ring of the newest inputs of the convolution, slot i % W for token i; updated
+      ring: of all mixers, of M images; updated in place.
+      recent: rings of the newest inputs of the convolutions, slot i % W for token i; updated
         in place.
       index: number of tokens before this one, the one prefix token included.
-      counters: of shape COUNTERS, zeros before and after; updated in place.
+      counters: `layer_tiling.counters`, zeros before and after; updated in place.
       projection: to [q | k | v | out_gate] of one head after the other, then the content gates.
       out, gate_up, down: matrices, the norms' scales in their rows as in the projection's; gate_up
         has by turns 64 columns of gate and of up.
@@ -104,12 +103,13 @@ def layer(
       programs: at most as many as there are multiprocessors; None for that many.
 
     Returns:
-      x, its squares, both rings and counters. x is rounded once per sum.
+      x, rings and counters. x is rounded once per sum.
     """
-    ring, recent, counters = (jax.tree.map(jax.new_ref, y) for y in (ring, recent, counters))
+    state = x, _sums_of_squares(x), ring, recent, counters
+    state = jax.tree.map(jax.new_ref, state)
     tables = [y for y in (log_factor, turns, gate_bias) if y is not None]
     launch = _kernel(
-        (x.shape, recent.shape, projection.shape, gate_up.shape, log_factor.shape[1]),
+        (x.shape, recent.shape, projection.shape, gate_up.shape, log_factor.shape[2]),
         has_turns=turns is not None,
         has_gates=gate_bias is not None,
         offsets=offsets,
@@ -120,22 +120,19 @@ def layer(
     )
     # A loop's own counter is of a weak type, which kernels cannot divide.
     index = index.astype(jnp.int32)[None]
-    x, squares, *_ = launch(
-        *(x, squares, index, taps, *tables, projection, out, gate_up, down),
-        *(*jax.tree.leaves(ring), recent, counters),
-    )
-    ring, recent, counters = (jax.tree.map(jax.freeze, y) for y in (ring, recent, counters))
-    return x, squares, ring, recent, counters
+    launch(index, taps, *tables, projection, out, gate_up, down, *jax.tree.leaves(state))
+    x, _, ring, recent, counters = jax.tree.map(jax.freeze, state)
+    return x, ring, recent, counters
 
 
-def sums_of_squares(x: BFloat16[Array, "M D"]) -> Float32[Array, "parts rows"]:
+def _sums_of_squares(x):
     """Of each row, over every 64 channels, beside zeros for rows that tiles have beyond the last."""
     squares = jnp.square(x.astype(jnp.float32)).reshape(len(x), -1, UNIT)
     return jnp.pad(jnp.sum(squares, axis=2).T, ((0, 0), (0, _MORE_ROWS)))
 
 
 def _kernel(shapes, *, has_turns, has_gates, offsets, columns, epsilon, programs, interpret):
-    (M, D), (B, _, _), (_, E), (_, both), H = shapes
+    (M, D), (L, B, _, _), (_, _, E), (_, _, both), H = shapes
     programs -= programs % CLUSTER
     V, F = H * UNIT, both // 2
     projecting, summing, hiding, adding = products = tuple(
@@ -144,50 +141,58 @@ def _kernel(shapes, *, has_turns, has_gates, offsets, columns, epsilon, programs
     )
     parts = Product(M, V, V, BLOCK)
     bf16, f32 = jnp.bfloat16, jnp.float32
-    names = ["x", "squares_in", "index", "taps", "log_factor"]
-    names += ["turns"] * has_turns + ["gate_bias"] * has_gates
+    names = ["index", "taps", "log_factor", *["turns"] * has_turns, *["gate_bias"] * has_gates]
     names += ["projection", "out", "gate_up", "down"]
-    names += ["memory", "recent_k", "recent_v", "log_weight", "recent", "counters"]
+    names += ["x", "squares", "memory", "recent_k", "recent_v", "log_weight", "recent", "counters"]
 
     def body(*refs):
         known = [*names, *out_types]
         given = dict(zip(known, refs, strict=False))
         scratch = dict(zip(scratch_of, refs[len(known) :], strict=True))
-        scratch["x"], others = scratch["x"]
+        scratch["rows"], others = scratch["rows"]
         scratch |= others
         if interpret:
-            program = lax.axis_index("program")
-            cluster, rank = program // CLUSTER, lax.rem(program, CLUSTER)
+            cluster, rank = divmod(lax.axis_index("program"), CLUSTER)
         else:
             cluster, rank = lax.axis_index("cluster"), lax.axis_index("rank")
-            program = cluster * CLUSTER + rank
-        pipeline = Pipeline(cluster, rank, programs // CLUSTER, scratch, interpret)
         phases = Phases(given["counters"], programs, scratch.get("phases"))
-        signal, wait = phases.signal, phases.wait
         warpgroup = lax.axis_index("wg")
-        middle, y, hidden = given["middle"], given["y"], given["hidden"]
-        index = given["index"][0]
-        heads = Heads(
-            pipeline,
-            parts,
-            BlockedRing(*(given[n] for n in ("memory", "recent_k", "recent_v", "log_weight"))),
-            projected=given["projected"],
-            mixed=given["mixed"],
-            index=index,
-            log_factor=given["log_factor"],
-            turns=given.get("turns"),
-            gate_bias=given.get("gate_bias"),
-            epsilon=epsilon,
-        )
+        x, projected, mixed = given["x"], given["projected"], given["mixed"]
+        middle, y, hidden, squares = (given[n] for n in ("middle", "y", "hidden", "squares"))
+        def signal(phase, l):
+            phases.signal(l * PHASES + phase)
 
-        def wait_for(product, phase):
-            """Those who have nothing to do need not wait."""
-            pl.when(pipeline.tiles(product) > 0)(functools.partial(wait, phase))
+        def wait(phase, l):
+            phases.wait(l * PHASES + phase)
+
+        def of_layer(l):
+            """What warpgroups know of it: the pipeline and the heads.
+
+            Places are worked out in each layer anew: kept through all of them, they would take
+            more registers than there are.
+            """
+            again = lax.optimization_barrier
+            pipeline = Pipeline(again(cluster), again(rank), programs // CLUSTER, scratch, interpret)
+            index = again(given["index"][0])
+            rings = (given[n].at[l] for n in ("memory", "recent_k", "recent_v", "log_weight"))
+            heads = Heads(
+                pipeline,
+                parts,
+                BlockedRing(*rings),
+                projected=projected,
+                mixed=mixed,
+                index=index,
+                log_factor=given["log_factor"].at[l, index - 1],
+                gate_bias=given["gate_bias"].at[l] if has_gates else None,
+                turns=given["turns"].at[index] if has_turns else None,
+                epsilon=epsilon,
+            )
+            return pipeline, heads
 
         def swiglu(_, gate, up):
             return gate / (1 + jnp.exp(-gate)) * up
 
-        def add(product, result, slot, residual, after=None):
+        def add(pipeline, product, result, slot, residual, after=None):
             """residual + x w"""
             target = pipeline.out(product)
 
@@ -203,23 +208,23 @@ def _kernel(shapes, *, has_turns, has_gates, offsets, columns, epsilon, programs
 
             return pipeline.multiply(product, result, slot, finish, begin, after)
 
-        def square(value, row, column, _):
+        def square(value, row, column):
             """Each row's squares over the columns of a tile."""
             sums = scratch["squares"].at[pl.ds(0, adding.rows)]
             sums[...] = jnp.sum(jnp.square(value.astype(f32)), axis=0)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(sums, given["squares_out"].at[column, pl.ds(row, adding.rows)])
+            plgpu.copy_smem_to_gmem(sums, squares.at[column, pl.ds(row, adding.rows)])
 
-        def load_squares():
+        def load_squares(pipeline):
             for t in range(projecting.most_tiles(programs)):
 
                 @pl.when(t < pipeline.tiles(projecting))
                 def _(t=t):
                     row, _ = pipeline.place(projecting, t)
-                    source = given["squares_in"].at[:, pl.ds(row, MOST_ROWS)]
+                    source = squares.at[:, pl.ds(row, MOST_ROWS)]
                     plgpu.copy_gmem_to_smem(source, scratch["parts"].at[t], scratch["summed"].at[t])
 
-        def project(slot):
+        def project(pipeline, slot):
             """Of rows divided by their root mean square."""
             scales = scratch["scales"]
 
@@ -234,13 +239,13 @@ def _kernel(shapes, *, has_turns, has_gates, offsets, columns, epsilon, programs
                 scale = plgpu.load(scales.at[pl.ds(0, projecting.rows)], layout=COLUMN)
                 return value * lax.broadcast_in_dim(scale, value.shape, [1])
 
-            return pipeline.multiply(projecting, given["projected"], slot, finish)
+            return pipeline.multiply(projecting, projected, slot, finish)
 
-        def convolve():
+        def convolve(pipeline, index, l):
             """A few rows of a program, then as many below all programs' rows."""
-            row_of = functools.partial(
-                NormConv, given["recent"], given["taps"], index, offsets, columns, epsilon
-            )
+            recent, taps = given["recent"].at[l], given["taps"].at[l]
+            row_of = functools.partial(NormConv, recent, taps, index, offsets, columns, epsilon)
+            program = pipeline.cluster * CLUSTER + pipeline.rank
             for first, each in blocks_of_rows(B, programs):
                 begin = first + each * program
 
@@ -249,56 +254,74 @@ def _kernel(shapes, *, has_turns, has_gates, offsets, columns, epsilon, programs
                     # The last image again for images that do not exist.
                     rows = row_of([jnp.minimum(begin + i, B - 1) for i in range(each)])
                     if not first:
-                        wait(SUMMED)
+                        wait(SUMMED, l)
                     rows.finish(middle, y)
+
+        def load_weights(l, carry):
+            pipeline, heads = of_layer(l)
+            load = pipeline.load_matrix
+            carry = load(projecting, given["projection"].at[l], *carry)
+            carry = heads.load(*carry)
+            for product, name in ((summing, "out"), (hiding, "gate_up"), (adding, "down")):
+                carry = load(product, given[name].at[l], *carry)
+            return carry
+
+        def load_rows(l, _):
+            pipeline, heads = of_layer(l)
+            heads.load_tables()
+            pl.when(l > 0)(functools.partial(wait, ADDED, l - 1))
+            pipeline.load_rows(projecting, x, functools.partial(load_squares, pipeline))
+            pipeline.rows_are_taken(projecting)
+            heads.prepare(functools.partial(wait, PROJECTED, l))
+            wait(MIXED, l)
+            pipeline.load_rows(summing, mixed)
+            convolve(pipeline, heads.index, l)
+            signal(CONVOLVED, l)
+            for before, product, source, phase in (
+                (summing, hiding, y, CONVOLVED),
+                (hiding, adding, hidden, HIDDEN),
+            ):
+                pipeline.rows_are_taken(before)
+                wait(phase, l)
+                pipeline.load_rows(product, source)
+            pipeline.rows_are_taken(adding)
+
+        def multiply(l, slot):
+            pipeline, heads = of_layer(l)
+            slot = project(pipeline, slot)
+            signal(PROJECTED, l)
+            slot = heads.finish(slot)
+            signal(MIXED, l)
+            slot = add(pipeline, summing, middle, slot, x)
+            signal(SUMMED, l)
+            slot = pipeline.multiply(hiding, hidden, slot, swiglu)
+            signal(HIDDEN, l)
+            # Also for itself: another warpgroup's waiting is none of this one's.
+            wait(CONVOLVED, l)
+            slot = add(pipeline, adding, x, slot, middle, square)
+            signal(ADDED, l)
+            return slot
+
+        zero = jnp.int32(0)
 
         @pl.when(warpgroup == _LOAD_WEIGHTS)
         def _():
-            load = pipeline.load_matrix
-            carry = load(projecting, given["projection"], jnp.int32(0), jnp.int32(0))
-            carry = heads.load(*carry)
-            for product, name in ((summing, "out"), (hiding, "gate_up"), (adding, "down")):
-                carry = load(product, given[name], *carry)
-            pipeline.pieces_are_taken(carry[0])
+            plgpu.set_max_registers(104, action="decrease")
+            position, _ = lax.fori_loop(0, L, load_weights, (zero, zero))
+            of_layer(0)[0].pieces_are_taken(position)
 
         @pl.when(warpgroup == _LOAD_ROWS)
         def _():
-            pipeline.load_rows(projecting, given["x"], load_squares)
-            heads.load_tables()
-            pipeline.rows_are_taken(projecting)
-            heads.prepare(functools.partial(wait, PROJECTED))
-            wait_for(summing, MIXED)
-            pipeline.load_rows(summing, given["mixed"])
-            convolve()
-            signal(CONVOLVED)
-            pipeline.rows_are_taken(summing)
-            wait_for(hiding, CONVOLVED)
-            pipeline.load_rows(hiding, y)
-            pipeline.rows_are_taken(hiding)
-            wait_for(adding, HIDDEN)
-            pipeline.load_rows(adding, hidden)
-            pipeline.rows_are_taken(adding)
+            lax.fori_loop(0, L, load_rows, None)
 
         @pl.when(warpgroup == _MULTIPLY)
         def _():
-            slot = project(jnp.int32(0))
-            signal(PROJECTED)
-            slot = heads.finish(slot)
-            signal(MIXED)
-            slot = add(summing, middle, slot, given["x"])
-            signal(SUMMED)
-            slot = pipeline.multiply(hiding, hidden, slot, swiglu)
-            signal(HIDDEN)
-            # Also for itself: another warpgroup's waiting is none of this one's. And all do: where
-            # only those with tiles wait, ptxas makes every product of the kernel wait for its end.
-            wait(CONVOLVED)
-            add(adding, given["added"], slot, middle, square)
+            plgpu.set_max_registers(232, action="increase")
+            lax.fori_loop(0, L, multiply, zero)
             phases.leave()
 
     like = jax.ShapeDtypeStruct
     out_types = {
-        "added": like((M, D), bf16),
-        "squares_out": like((D // UNIT, M + _MORE_ROWS), f32),
         "projected": like((M, E), bf16),
         "mixed": like((M, V), bf16),
         "middle": like((M, D), bf16),  # x after the mixer
@@ -320,9 +343,9 @@ def _kernel(shapes, *, has_turns, has_gates, offsets, columns, epsilon, programs
         axes = {"cluster": (programs,), "cluster_names": ("program",)}
         axes["interpret"] = plgpu.InterpretGPUParams()
         scratch_of["phases"] = plgpu.ClusterBarrier(
-            collective_axes=("program",), num_barriers=len(PHASES)
+            collective_axes=("program",), num_barriers=L * PHASES
         )
-    body.__name__ = "decode_layer"
+    body.__name__ = "decode_layers"
     return plgpu.kernel(
         body,
         out_type=list(out_types.values()),
