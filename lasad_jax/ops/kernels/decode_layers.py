@@ -112,7 +112,6 @@ def all_layers(
         (x.shape, recent.shape, projection.shape, gate_up.shape, log_factor.shape[2]),
         has_turns=turns is not None,
         has_gates=gate_bias is not None,
-        offsets=offsets,
         columns=columns,
         epsilon=epsilon,
         programs=programs or num_programs(),
@@ -120,7 +119,8 @@ def all_layers(
     )
     # A loop's own counter is of a weak type, which kernels cannot divide.
     index = index.astype(jnp.int32)[None]
-    launch(index, taps, *tables, projection, out, gate_up, down, *jax.tree.leaves(state))
+    neighbours = jnp.asarray(offsets[1:], jnp.int32)
+    launch(index, neighbours, taps, *tables, projection, out, gate_up, down, *jax.tree.leaves(state))
     x, _, ring, recent, counters = jax.tree.map(jax.freeze, state)
     return x, ring, recent, counters
 
@@ -131,7 +131,7 @@ def _sums_of_squares(x):
     return jnp.pad(jnp.sum(squares, axis=2).T, ((0, 0), (0, _MORE_ROWS)))
 
 
-def _kernel(shapes, *, has_turns, has_gates, offsets, columns, epsilon, programs, interpret):
+def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpret):
     (M, D), (L, B, _, _), (_, _, E), (_, _, both), H = shapes
     programs -= programs % CLUSTER
     V, F = H * UNIT, both // 2
@@ -141,7 +141,7 @@ def _kernel(shapes, *, has_turns, has_gates, offsets, columns, epsilon, programs
     )
     parts = Product(M, V, V, BLOCK)
     bf16, f32 = jnp.bfloat16, jnp.float32
-    names = ["index", "taps", "log_factor", *["turns"] * has_turns, *["gate_bias"] * has_gates]
+    names = ["index", "offsets", "taps", "log_factor", *["turns"] * has_turns, *["gate_bias"] * has_gates]
     names += ["projection", "out", "gate_up", "down"]
     names += ["x", "squares", "memory", "recent_k", "recent_v", "log_weight", "recent", "counters"]
 
@@ -190,7 +190,7 @@ def _kernel(shapes, *, has_turns, has_gates, offsets, columns, epsilon, programs
             return pipeline, heads
 
         def swiglu(_, gate, up):
-            return gate / (1 + jnp.exp(-gate)) * up
+            return layer_heads.silu(gate) * up
 
         def add(pipeline, product, result, slot, residual, after=None):
             """residual + x w"""
@@ -244,7 +244,9 @@ def _kernel(shapes, *, has_turns, has_gates, offsets, columns, epsilon, programs
         def convolve(pipeline, index, l):
             """A few rows of a program, then as many below all programs' rows."""
             recent, taps = given["recent"].at[l], given["taps"].at[l]
-            row_of = functools.partial(NormConv, recent, taps, index, offsets, columns, epsilon)
+            row_of = functools.partial(
+                NormConv, recent, taps, given["offsets"], index, columns, epsilon
+            )
             program = pipeline.cluster * CLUSTER + pipeline.rank
             for first, each in blocks_of_rows(B, programs):
                 begin = first + each * program

@@ -8,7 +8,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from lasad_jax.ops.kernels.layer_pipeline import rolled_loop
+
 _MOST_ROWS = 8  # at once
+_MOST_TAPS = 4  # at once: loads of more would take too many instructions, of fewer too long
 
 
 def blocks_of_rows(num_rows: int, programs: int) -> list[tuple[int, int]]:
@@ -20,20 +23,33 @@ def blocks_of_rows(num_rows: int, programs: int) -> list[tuple[int, int]]:
 class NormConv:
     """The convolution of a token in some rows, begun with what does not wait for the token."""
 
-    def __init__(self, recent, taps, index, offsets, columns: int, epsilon: float, rows: list):
-        """Adds up the neighbours. Arguments: `decode_layers.between`'s, and which rows."""
+    def __init__(self, recent, taps, offsets, index, columns: int, epsilon: float, rows: list):
+        """Adds up the neighbours. Arguments: `decode_layers.all_layers`'s, and which rows.
+
+        offsets: but for the token's own.
+        """
         self._recent, self._rows, self._epsilon = recent, rows, epsilon
         self._slot = lax.rem(index, recent.shape[1])
         self._own = 1 + _load(taps.at[0])
-        self._sums = [jnp.zeros_like(self._own)] * len(rows)
-        grid_row, column = (index - 1) // columns, lax.rem(index - 1, columns)
-        for tap, (below, right) in enumerate(offsets[1:], 1):
-            inside = (grid_row + below >= 0) & (column + right >= 0) & (column + right < columns)
-            slot = lax.rem(index + below * columns + right, recent.shape[1])
-            slot = jnp.where(inside, slot, 0)
-            weight = _load(taps.at[tap]) * inside.astype(jnp.float32)
-            terms = [_load(recent.at[row, slot]) * weight for row in rows]
-            self._sums = [a + b for a, b in zip(self._sums, terms, strict=True)]
+        grid_row, column = lax.div(index - 1, columns), lax.rem(index - 1, columns)
+        num_taps = offsets.shape[0]
+        at_once = math.gcd(num_taps, _MOST_TAPS)
+
+        def some_taps(i, sums):
+            for tap in range(at_once):
+                tap += i * at_once
+                below, right = offsets[tap, 0], offsets[tap, 1]
+                inside = (grid_row + below >= 0) & (column + right >= 0)
+                inside &= column + right < columns
+                slot = lax.rem(index + below * columns + right, recent.shape[1])
+                slot = jnp.where(inside, slot, 0)
+                weight = _load(taps.at[1 + tap]) * inside.astype(jnp.float32)
+                terms = [_load(recent.at[row, slot]) * weight for row in rows]
+                sums = [a + b for a, b in zip(sums, terms, strict=True)]
+            return sums
+
+        none = [self._own * 0] * len(rows)
+        self._sums = rolled_loop(num_taps // at_once, some_taps, none)
 
     def finish(self, source: jax.Ref, target: jax.Ref) -> None:
         """From the token's rows before the norm to what the convolution makes of them."""

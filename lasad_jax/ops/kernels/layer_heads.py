@@ -170,7 +170,7 @@ class Heads:
             rolled_loop(num, lambda slot, _: self._load_projections(first + slot, slot), None)
             rolled_loop(num, lambda slot, _: self._prepare(first + slot, slot, turns), None)
 
-        rolled_loop((num_parts + SLOTS - 1) // SLOTS, some_parts, None)
+        rolled_loop(lax.div(num_parts + SLOTS - 1, SLOTS), some_parts, None)
         num = jnp.minimum(num_parts, SLOTS)
         rolled_loop(num, lambda slot, _: plgpu.barrier_wait(scratch["finished"].at[slot]), None)
         plgpu.wait_smem_to_gmem(0)
@@ -219,7 +219,7 @@ class Heads:
             load(first + KEY, KEY, self._qk(slot, BLOCK, right), full)
         gates = 0  # nothing that is used, if there are none
         if self.gate_bias is not None:
-            gates = self.parts.N // UNIT * 2 * (KEY + UNIT) + head // UNIT * UNIT
+            gates = self.parts.N // UNIT * 2 * (KEY + UNIT) + lax.div(head, UNIT) * UNIT
         load(gates, UNIT, self._piece("gates", slot), full)
         full = scratch["values_full"]
         load(first + 2 * KEY, UNIT, self._piece("values", slot), full)
@@ -234,7 +234,7 @@ class Heads:
         left = columns < BLOCK
 
         def activated(x):
-            x = _rounded(_silu(x))
+            x = _rounded(silu(x))
             if turns is not None:
                 cos, sin = (by_row(turn, x.shape[1]) for turn in turns)
                 x = _rounded(x * cos + _swapped(x, interpret) * sin)
@@ -332,7 +332,7 @@ class Heads:
         logs = scratch["logs"].at[part]
 
         def others():
-            gate = _rounded(_silu(_across(self._piece("out_gates", part)).astype(jnp.float32)))
+            gate = _rounded(silu(_across(self._piece("out_gates", part)).astype(jnp.float32)))
             decay = jnp.exp(plgpu.load(logs.at[pl.ds(0, BLOCK)], layout=COLUMN, optimized=False))
             return gate, by_column(decay)
 
@@ -431,8 +431,10 @@ def _rounded(x):
     return x.astype(jnp.bfloat16).astype(jnp.float32)
 
 
-def _silu(x):
-    return x / (1 + jnp.exp(-x))
+def silu(x):
+    # A division takes ten instructions.
+    root = lax.rsqrt(1 + jnp.exp(-x))
+    return x * root * root
 
 
 def _softplus(x):

@@ -70,13 +70,13 @@ class Pipeline:
 
     def tiles(self, product: Product) -> jax.Array:
         """How many of a product are this program's."""
-        return (product.tiles - self.cluster + self.clusters - 1) // self.clusters
+        return lax.div(product.tiles - self.cluster + self.clusters - 1, self.clusters)
 
     def place(self, product: Product, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Where the i-th of them lies: its first row, and its column in units."""
         tile = self.cluster + i * self.clusters
         block = lax.rem(tile, product.blocks) * CLUSTER + self.rank
-        return block * product.rows, tile // product.blocks
+        return block * product.rows, lax.div(tile, product.blocks)
 
     def load_matrix(self, product: Product, matrix: jax.Ref, position, slot):
         """All pieces of this program's tiles.
@@ -88,18 +88,20 @@ class Pipeline:
           both for what comes next.
         """
 
-        def step(i, carry):
-            position, slot = carry
-            k = lax.rem(i, product.steps)
-            _, column = self.place(product, i // product.steps)
-            for unit in range(product.units):
-                first = (column * product.units + unit) * UNIT
-                piece = matrix.at[pl.ds(k * DEPTH, DEPTH), pl.ds(first, UNIT)]
-                position, slot = self.load_piece(piece, position, slot)
-            return position, slot
+        def tile(t, carry):
+            _, column = self.place(product, t)
 
-        num = self.tiles(product) * product.steps
-        return rolled_loop(num, step, (position, slot))
+            def step(k, carry):
+                position, slot = carry
+                for unit in range(product.units):
+                    first = (column * product.units + unit) * UNIT
+                    piece = matrix.at[pl.ds(k * DEPTH, DEPTH), pl.ds(first, UNIT)]
+                    position, slot = self.load_piece(piece, position, slot)
+                return position, slot
+
+            return rolled_loop(product.steps, step, carry)
+
+        return rolled_loop(self.tiles(product), tile, (position, slot))
 
     def load_piece(self, piece: jax.Ref, position, slot, *, shared: bool = True):
         """One of DEPTH by UNIT numbers, for all programs of a cluster if `shared`."""
@@ -121,21 +123,26 @@ class Pipeline:
         """`then` is called when those of the first tile are on their way."""
         full, empty = self.scratch["rows_full"], self.scratch["rows_empty"]
 
-        def step(i, _):
-            slot = lax.rem(i, product.slots)
+        def tile(t, carry):
+            row, _ = self.place(product, t)
 
-            @pl.when(i >= product.slots)
-            def _():
-                plgpu.barrier_wait(empty.at[slot])
+            def step(k, carry):
+                i, slot = carry
 
-            row, _ = self.place(product, i // product.steps)
-            first = lax.rem(i, product.steps) * DEPTH
-            piece = source.at[pl.ds(row, product.rows), pl.ds(first, DEPTH)]
-            plgpu.copy_gmem_to_smem(piece, self._rows(product, slot), full.at[slot])
+                @pl.when(i >= product.slots)
+                def _():
+                    plgpu.barrier_wait(empty.at[slot])
+
+                piece = source.at[pl.ds(row, product.rows), pl.ds(k * DEPTH, DEPTH)]
+                plgpu.copy_gmem_to_smem(piece, self._rows(product, slot), full.at[slot])
+                return i + 1, next_slot(slot, product.slots)
+
+            carry = rolled_loop(product.steps, step, carry)
             if then is not None:
-                pl.when(i == product.steps - 1)(then)
+                pl.when(t == 0)(then)
+            return carry
 
-        rolled_loop(self.tiles(product) * product.steps, step, None)
+        rolled_loop(self.tiles(product), tile, (jnp.int32(0), jnp.int32(0)))
 
     def rows_are_taken(self, product: Product) -> None:
         """Waits until none of a product's rows is in use."""
