@@ -63,7 +63,7 @@ def memory_types() -> dict:
         "logs_before": logs,
         "logs": logs,
         "logs_after": logs,
-        "dense": tiles(_WIDE),
+        "dense": tiles(SLOTS * _WIDE),
         "halves": tiles(2 * UNIT),
     }
 
@@ -71,11 +71,11 @@ def memory_types() -> dict:
 def lasting_types(num_heads: int, has_gates: bool) -> dict:
     """Barriers, and shared memory that is its own."""
     barrier = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=SLOTS)
-    table = plgpu.SMEM((num_heads,), jnp.float32)
+    table = plgpu.SMEM((2, num_heads), jnp.float32)
     return {
         "factors": table,
         "biases": table,
-        "tables_full": plgpu.Barrier(num_arrivals=1 + has_gates),
+        "tables_full": plgpu.Barrier(num_arrivals=1 + has_gates, num_barriers=2),
         "keys_full": barrier(2),
         "qk_full": barrier(5),
         "values_full": barrier(2),
@@ -124,11 +124,13 @@ class Heads:
         return 1 + lax.rem(self.index - 1, NUM_RECENT)
 
     def load_tables(self) -> None:
-        """Before `prepare`, which waits for them."""
+        """For parts that are prepared here, and elsewhere."""
         scratch = self.pipeline.scratch
-        plgpu.copy_gmem_to_smem(self.log_factor, scratch["factors"], scratch["tables_full"])
-        if self.gate_bias is not None:
-            plgpu.copy_gmem_to_smem(self.gate_bias, scratch["biases"], scratch["tables_full"])
+        for place in range(2):
+            full = scratch["tables_full"].at[place]
+            plgpu.copy_gmem_to_smem(self.log_factor, scratch["factors"].at[place], full)
+            if self.gate_bias is not None:
+                plgpu.copy_gmem_to_smem(self.gate_bias, scratch["biases"].at[place], full)
 
     def load(self, position, slot):
         """Memories and newest values of all parts, as `Pipeline.load_matrix`."""
@@ -149,45 +151,72 @@ class Heads:
         return rolled_loop(self.num_parts, step, (position, slot))
 
     def prepare(self, wait) -> None:
-        """Operands of all parts; `wait` until projections are there."""
-        scratch, num_parts = self.pipeline.scratch, self.num_parts
-        turns = self._turns()
-        plgpu.barrier_wait(scratch["tables_full"])
+        """Operands of two parts in three; `wait` until projections are there."""
+        finished, turns = self.pipeline.scratch["finished"], self._turns()
 
         def some_parts(i, _):
-            first = i * SLOTS
-            num = jnp.minimum(num_parts - first, SLOTS)
+            free = lambda slot: plgpu.barrier_wait(finished.at[slot])
+            self._prepare_some(i, 0, turns, free, wait)
 
-            def load_keys(slot, _):
-                # What was written in these places, and what is still read there.
-                pl.when(i > 0)(lambda: plgpu.barrier_wait(scratch["finished"].at[slot]))
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                plgpu.commit_smem()
-                self._load_keys(first + slot, slot)
-
-            rolled_loop(num, load_keys, None)
-            pl.when(i == 0)(wait)
-            rolled_loop(num, lambda slot, _: self._load_projections(first + slot, slot), None)
-            rolled_loop(num, lambda slot, _: self._prepare(first + slot, slot, turns), None)
-
-        rolled_loop(lax.div(num_parts + SLOTS - 1, SLOTS), some_parts, None)
-        num = jnp.minimum(num_parts, SLOTS)
-        rolled_loop(num, lambda slot, _: plgpu.barrier_wait(scratch["finished"].at[slot]), None)
+        rolled_loop(self._rounds, some_parts, None)
+        done = lambda i, _: plgpu.barrier_wait(finished.at[2 * i])
+        rolled_loop(self._num_own(0, 0), done, None)
         plgpu.wait_smem_to_gmem(0)
         # What was written here before rows of products come.
         plgpu.commit_smem()
 
-    def finish(self, slot):
-        """Gated outputs of all parts, from the slot of the first memory; the slot after the last."""
+    def finish(self, slot, wait):
+        """Gated outputs of all parts, from the slot of the first memory; the slot after the last.
 
-        def step(t, carry):
-            part, slot = carry
-            slot = self._finish(t, part, slot)
-            return next_slot(part, SLOTS), slot
+        `wait` until projections are there: of three parts, this warpgroup prepares one.
+        """
+        turns = self._turns()
 
-        _, slot = rolled_loop(self.num_parts, step, (jnp.int32(0), slot))
+        def some_parts(i, slot):
+            self._prepare_some(i, 1, turns, lambda slot: None, wait)
+            num = jnp.minimum(self.num_parts - i * SLOTS, SLOTS)
+            return rolled_loop(num, lambda j, slot: self._finish(i * SLOTS + j, j, slot), slot)
+
+        slot = rolled_loop(self._rounds, some_parts, slot)
         plgpu.wait_smem_to_gmem(0)
         return slot
+
+    @property
+    def _rounds(self):
+        return lax.div(self.num_parts + SLOTS - 1, SLOTS)
+
+    def _num_own(self, i, first):
+        """Parts of round i in slots first and, for 0, two further."""
+        left = self.num_parts - i * SLOTS
+        return jnp.minimum(lax.div(left + 1 - first, 2), 2 - first)
+
+    def _prepare_some(self, i, first, turns, free, wait) -> None:
+        """These parts; `free` waits for a slot that had one of the round before."""
+        scratch, num = self.pipeline.scratch, self._num_own(i, first)
+
+        def load_keys(j, _):
+            slot = first + 2 * j
+            # What was written in these places, and what is still read there.
+            pl.when(i > 0)(lambda: free(slot))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.commit_smem()
+            self._load_keys(i * SLOTS + slot, slot)
+
+        def load_projections(j, _):
+            self._load_projections(i * SLOTS + first + 2 * j, first + 2 * j)
+
+        def prepare(j, _):
+            self._prepare(i * SLOTS + first + 2 * j, first + 2 * j, turns)
+
+        rolled_loop(num, load_keys, None)
+
+        @pl.when(i == 0)
+        def _():
+            plgpu.barrier_wait(scratch["tables_full"].at[first])
+            wait()
+
+        rolled_loop(num, load_projections, None)
+        rolled_loop(num, prepare, None)
 
     def _turns(self):
         if self.turns is None:
@@ -252,7 +281,7 @@ class Heads:
         own = keys.at[pl.ds(r * BLOCK, BLOCK)]
         mine = lax.div(_iota(0, BLOCK), KEY) == half
         _put_across(own, jnp.where(mine, k, _across(own).astype(jnp.float32)))
-        dense = scratch["dense"]
+        dense = scratch["dense"].at[pl.ds(part * _WIDE, _WIDE)]
         _put_across(dense, jnp.where(lax.div(places, KEY) == lax.div(columns, BLOCK), q, 0.0))
         for pair in range(2):
             # Two images of a chunk, two chunks beside each other.
@@ -273,9 +302,10 @@ class Heads:
             work=lambda: [self._logs("logs_before", part, i) for i in range(2)],
             interpret=interpret,
         )
-        g = scratch["factors"][head]
+        own_table = lax.rem(part, 2)
+        g = scratch["factors"][own_table, head]
         if self.gate_bias is not None:
-            g -= _twice(_softplus(content + scratch["biases"][head]))
+            g -= _twice(_softplus(content + scratch["biases"][own_table, head]))
         logs = jnp.where(left, by_row(first, _WIDE), by_row(second, _WIDE)) + g
         is_new = (lax.div(places, BLOCK) == r) & (lax.div(columns, BLOCK) == half)
         logs = jnp.where(is_new, 0.0, logs)
@@ -350,7 +380,8 @@ class Heads:
         place = pl.ds(row, BLOCK), pl.ds(head * UNIT, UNIT)
         plgpu.copy_smem_to_gmem(out, self.mixed.at[*place])
         full = self._slot == NUM_RECENT
-        rolled_loop(jnp.where(full, BLOCK, 0), functools.partial(self._fold, part, slots), None)
+        fold = functools.partial(self._fold, part, slots)
+        rolled_loop(jnp.where(full, BLOCK // 2, 0), fold, None)
 
         @pl.when(full)
         def _():
@@ -361,32 +392,35 @@ class Heads:
 
         for taken in slots:
             plgpu.barrier_arrive(w_empty.at[taken])
-        plgpu.barrier_arrive(scratch["finished"].at[part])
+        # Nobody waits for those that this warpgroup has prepared.
+        pl.when(part != 1)(lambda: plgpu.barrier_arrive(scratch["finished"].at[part]))
         return following
 
-    def _fold(self, part, slots, b, _) -> None:
-        """All rows of the ring into the memory of image b."""
-        scratch = self.pipeline.scratch
+    def _fold(self, part, slots, pair, _) -> None:
+        """All rows of the ring into the memories of two images."""
+        scratch, b = self.pipeline.scratch, 2 * pair
         w, logs = scratch["w"], scratch["logs"].at[part]
-        values = w.at[slots[2]]
+        values, keys = w.at[slots[2]], self._piece("keys", part)[...]
+        rows, columns = _iota(0), _iota(1)
+        # One image's keys, then the other's.
+        image = b + jnp.where(columns < KEY, 0, 1)
         halves = [scratch["halves"].at[pl.ds(i * UNIT, UNIT)] for i in range(2)]
-        left = _iota(1) < KEY
-        first, second = (by_row(jnp.exp(self._logs("logs", part, i))) for i in range(2))
-        # The prefix token is never folded.
-        weights = jnp.where(left, jnp.where(_iota(0) < BLOCK, 0.0, first), second)
-        weights = jnp.where(lax.rem(_iota(0), BLOCK) == b, weights, 0.0)
-        weighted = self._piece("keys", part)[...].astype(jnp.float32) * weights
-        halves[0][...] = jnp.where(left, weighted, 0.0).astype(jnp.bfloat16)
-        halves[1][...] = jnp.where(left, 0.0, weighted).astype(jnp.bfloat16)
+        for i, half in enumerate(halves):
+            weights = by_row(jnp.exp(self._logs("logs", part, i)))
+            if i == 0:  # the prefix token is never folded
+                weights = jnp.where(rows < BLOCK, 0.0, weights)
+            weights = jnp.where(lax.rem(rows, BLOCK) == image, weights, 0.0)
+            both = _twice(keys[:, i * KEY : (i + 1) * KEY])
+            half[...] = (both.astype(jnp.float32) * weights).astype(jnp.bfloat16)
         plgpu.commit_smem()
         chunk = lambda i: transposed(values.at[pl.ds(i * UNIT, UNIT)])
-        (both,), _ = multiply(
+        (recent,), _ = multiply(
             [(chunk(i), halves[i]) for i in range(2)], interpret=self.pipeline.interpret
         )
         memory = w.at[jnp.where(b < BLOCK // 2, slots[0], slots[1])]
-        memory = memory.at[pl.ds(lax.rem(b, BLOCK // 2) * KEY, KEY)]
-        decayed = jnp.exp(logs[b]) * _across(memory).astype(jnp.float32)
-        _put_across(memory, decayed + both[:, :KEY] + both[:, KEY:])
+        memory = memory.at[pl.ds(lax.rem(b, BLOCK // 2) * KEY, UNIT)]
+        decay = jnp.where(columns < KEY, jnp.exp(logs[b]), jnp.exp(logs[b + 1]))
+        _put_across(memory, decay * _across(memory).astype(jnp.float32) + recent)
         # All warps are done with the halves.
         plgpu.commit_smem()
 

@@ -181,7 +181,7 @@ class Pipeline:
                 after(value, row, column)
             return slots
 
-        _, slot = lax.fori_loop(0, self.tiles(product), tile, (jnp.int32(0), slot))
+        _, slot = rolled_loop(self.tiles(product), tile, (jnp.int32(0), slot))
         plgpu.wait_smem_to_gmem(0)
         return slot
 
@@ -226,7 +226,7 @@ class Pipeline:
                 return (next_slot(x_slot, product.slots), slot), (x_slot, w_slots)
 
             none = jnp.int32(0), [jnp.int32(0)] * product.units
-            slots_and_last = lax.fori_loop(0, product.steps, step, (slots, none))
+            slots_and_last = rolled_loop(product.steps, step, (slots, none))
             return [total[...] for total in sums], slots_and_last
 
         accumulators = [plgpu.ACC((UNIT, product.rows), jnp.float32)] * product.units
