@@ -292,7 +292,7 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
             pipeline, heads = of_layer(l)
             slot = project(pipeline, slot)
             signal(PROJECTED, l)
-            slot = heads.finish(slot, functools.partial(wait, PROJECTED, l))
+            slot = heads.finish(slot)
             signal(MIXED, l)
             slot = add(pipeline, summing, middle, slot, x)
             signal(SUMMED, l)

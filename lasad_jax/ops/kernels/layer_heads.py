@@ -63,7 +63,7 @@ def memory_types() -> dict:
         "logs_before": logs,
         "logs": logs,
         "logs_after": logs,
-        "dense": tiles(SLOTS * _WIDE),
+        "dense": tiles(_WIDE),
         "halves": tiles(2 * UNIT),
     }
 
@@ -71,11 +71,11 @@ def memory_types() -> dict:
 def lasting_types(num_heads: int, has_gates: bool) -> dict:
     """Barriers, and shared memory that is its own."""
     barrier = lambda arrivals: plgpu.Barrier(num_arrivals=arrivals, num_barriers=SLOTS)
-    table = plgpu.SMEM((2, num_heads), jnp.float32)
+    table = plgpu.SMEM((num_heads,), jnp.float32)
     return {
         "factors": table,
         "biases": table,
-        "tables_full": plgpu.Barrier(num_arrivals=1 + has_gates, num_barriers=2),
+        "tables_full": plgpu.Barrier(num_arrivals=1 + has_gates),
         "keys_full": barrier(2),
         "qk_full": barrier(5),
         "values_full": barrier(2),
@@ -124,13 +124,11 @@ class Heads:
         return 1 + lax.rem(self.index - 1, NUM_RECENT)
 
     def load_tables(self) -> None:
-        """For parts that are prepared here, and elsewhere."""
+        """Before `prepare`, which waits for them."""
         scratch = self.pipeline.scratch
-        for place in range(2):
-            full = scratch["tables_full"].at[place]
-            plgpu.copy_gmem_to_smem(self.log_factor, scratch["factors"].at[place], full)
-            if self.gate_bias is not None:
-                plgpu.copy_gmem_to_smem(self.gate_bias, scratch["biases"].at[place], full)
+        plgpu.copy_gmem_to_smem(self.log_factor, scratch["factors"], scratch["tables_full"])
+        if self.gate_bias is not None:
+            plgpu.copy_gmem_to_smem(self.gate_bias, scratch["biases"], scratch["tables_full"])
 
     def load(self, position, slot):
         """Memories and newest values of all parts, as `Pipeline.load_matrix`."""
@@ -151,72 +149,45 @@ class Heads:
         return rolled_loop(self.num_parts, step, (position, slot))
 
     def prepare(self, wait) -> None:
-        """Operands of two parts in three; `wait` until projections are there."""
-        finished, turns = self.pipeline.scratch["finished"], self._turns()
+        """Operands of all parts; `wait` until projections are there."""
+        scratch, num_parts = self.pipeline.scratch, self.num_parts
+        turns = self._turns()
+        plgpu.barrier_wait(scratch["tables_full"])
 
         def some_parts(i, _):
-            free = lambda slot: plgpu.barrier_wait(finished.at[slot])
-            self._prepare_some(i, 0, turns, free, wait)
+            first = i * SLOTS
+            num = jnp.minimum(num_parts - first, SLOTS)
 
-        rolled_loop(self._rounds, some_parts, None)
-        done = lambda i, _: plgpu.barrier_wait(finished.at[2 * i])
-        rolled_loop(self._num_own(0, 0), done, None)
+            def load_keys(slot, _):
+                # What was written in these places, and what is still read there.
+                pl.when(i > 0)(lambda: plgpu.barrier_wait(scratch["finished"].at[slot]))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.commit_smem()
+                self._load_keys(first + slot, slot)
+
+            rolled_loop(num, load_keys, None)
+            pl.when(i == 0)(wait)
+            rolled_loop(num, lambda slot, _: self._load_projections(first + slot, slot), None)
+            rolled_loop(num, lambda slot, _: self._prepare(first + slot, slot, turns), None)
+
+        rolled_loop(lax.div(num_parts + SLOTS - 1, SLOTS), some_parts, None)
+        num = jnp.minimum(num_parts, SLOTS)
+        rolled_loop(num, lambda slot, _: plgpu.barrier_wait(scratch["finished"].at[slot]), None)
         plgpu.wait_smem_to_gmem(0)
         # What was written here before rows of products come.
         plgpu.commit_smem()
 
-    def finish(self, slot, wait):
-        """Gated outputs of all parts, from the slot of the first memory; the slot after the last.
+    def finish(self, slot):
+        """Gated outputs of all parts, from the slot of the first memory; the slot after the last."""
 
-        `wait` until projections are there: of three parts, this warpgroup prepares one.
-        """
-        turns = self._turns()
+        def step(t, carry):
+            part, slot = carry
+            slot = self._finish(t, part, slot)
+            return next_slot(part, SLOTS), slot
 
-        def some_parts(i, slot):
-            self._prepare_some(i, 1, turns, lambda slot: None, wait)
-            num = jnp.minimum(self.num_parts - i * SLOTS, SLOTS)
-            return rolled_loop(num, lambda j, slot: self._finish(i * SLOTS + j, j, slot), slot)
-
-        slot = rolled_loop(self._rounds, some_parts, slot)
+        _, slot = rolled_loop(self.num_parts, step, (jnp.int32(0), slot))
         plgpu.wait_smem_to_gmem(0)
         return slot
-
-    @property
-    def _rounds(self):
-        return lax.div(self.num_parts + SLOTS - 1, SLOTS)
-
-    def _num_own(self, i, first):
-        """Parts of round i in slots first and, for 0, two further."""
-        left = self.num_parts - i * SLOTS
-        return jnp.minimum(lax.div(left + 1 - first, 2), 2 - first)
-
-    def _prepare_some(self, i, first, turns, free, wait) -> None:
-        """These parts; `free` waits for a slot that had one of the round before."""
-        scratch, num = self.pipeline.scratch, self._num_own(i, first)
-
-        def load_keys(j, _):
-            slot = first + 2 * j
-            # What was written in these places, and what is still read there.
-            pl.when(i > 0)(lambda: free(slot))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.commit_smem()
-            self._load_keys(i * SLOTS + slot, slot)
-
-        def load_projections(j, _):
-            self._load_projections(i * SLOTS + first + 2 * j, first + 2 * j)
-
-        def prepare(j, _):
-            self._prepare(i * SLOTS + first + 2 * j, first + 2 * j, turns)
-
-        rolled_loop(num, load_keys, None)
-
-        @pl.when(i == 0)
-        def _():
-            plgpu.barrier_wait(scratch["tables_full"].at[first])
-            wait()
-
-        rolled_loop(num, load_projections, None)
-        rolled_loop(num, prepare, None)
 
     def _turns(self):
         if self.turns is None:
@@ -281,7 +252,7 @@ class Heads:
         own = keys.at[pl.ds(r * BLOCK, BLOCK)]
         mine = lax.div(_iota(0, BLOCK), KEY) == half
         _put_across(own, jnp.where(mine, k, _across(own).astype(jnp.float32)))
-        dense = scratch["dense"].at[pl.ds(part * _WIDE, _WIDE)]
+        dense = scratch["dense"]
         _put_across(dense, jnp.where(lax.div(places, KEY) == lax.div(columns, BLOCK), q, 0.0))
         for pair in range(2):
             # Two images of a chunk, two chunks beside each other.
@@ -302,10 +273,9 @@ class Heads:
             work=lambda: [self._logs("logs_before", part, i) for i in range(2)],
             interpret=interpret,
         )
-        own_table = lax.rem(part, 2)
-        g = scratch["factors"][own_table, head]
+        g = scratch["factors"][head]
         if self.gate_bias is not None:
-            g -= _twice(_softplus(content + scratch["biases"][own_table, head]))
+            g -= _twice(_softplus(content + scratch["biases"][head]))
         logs = jnp.where(left, by_row(first, _WIDE), by_row(second, _WIDE)) + g
         is_new = (lax.div(places, BLOCK) == r) & (lax.div(columns, BLOCK) == half)
         logs = jnp.where(is_new, 0.0, logs)
@@ -380,8 +350,7 @@ class Heads:
         place = pl.ds(row, BLOCK), pl.ds(head * UNIT, UNIT)
         plgpu.copy_smem_to_gmem(out, self.mixed.at[*place])
         full = self._slot == NUM_RECENT
-        fold = functools.partial(self._fold, part, slots)
-        rolled_loop(jnp.where(full, BLOCK // 2, 0), fold, None)
+        rolled_loop(jnp.where(full, BLOCK // 2, 0), functools.partial(self._fold, part, slots), None)
 
         @pl.when(full)
         def _():
@@ -392,8 +361,7 @@ class Heads:
 
         for taken in slots:
             plgpu.barrier_arrive(w_empty.at[taken])
-        # Nobody waits for those that this warpgroup has prepared.
-        pl.when(part != 1)(lambda: plgpu.barrier_arrive(scratch["finished"].at[part]))
+        plgpu.barrier_arrive(scratch["finished"].at[part])
         return following
 
     def _fold(self, part, slots, pair, _) -> None:

@@ -30,7 +30,7 @@ _PIECE_BYTES = DEPTH * UNIT * 2
 _ROWS_MEMORY, _OF_FEW, _FEW_ROWS = 96 * 1024, 64 * 1024, 128
 _MOST_SLOTS = 32  # barriers of one kind
 MOST_ROWS = 128  # what registers hold sums of
-_HEADS_BYTES = 91 * 1024  # for operands of heads (`layer_heads`), where else rows lie
+_HEADS_BYTES = 84 * 1024  # for operands of heads (`layer_heads`), where else rows lie
 _BARRIERS = 8192  # bytes kept for barriers, reductions and alignment
 
 
