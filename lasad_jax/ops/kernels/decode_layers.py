@@ -3,7 +3,7 @@
     projection = (x / rms(x)) projection        product
     mixed = the heads                           `layer_heads`
     x <- x + mixed out                          product
-    y  = local convolution of x / rms(x)        rows
+    y  = local convolution of x / rms(x)        `layer_conv`
     x <- x + swiglu(y gate_up) down             products
 
 A Mosaic GPU kernel for bf16: one program per multiprocessor goes through these phases of one layer
@@ -26,9 +26,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, BFloat16, Float32, Int
 
-from lasad_jax.ops.kernels import layer_heads
+from lasad_jax.ops.kernels import layer_conv, layer_heads
 from lasad_jax.ops.kernels.grid_barrier import Phases
-from lasad_jax.ops.kernels.layer_conv import NormConv, blocks_of_rows
 from lasad_jax.ops.kernels.layer_heads import Heads
 from lasad_jax.ops.kernels.layer_pipeline import TRANSPOSED, Pipeline, scratch_types
 from lasad_jax.ops.kernels.layer_ring import BLOCK, BlockedRing
@@ -44,7 +43,7 @@ from lasad_jax.ops.kernels.layer_tiling import (
 from lasad_jax.ops.kernels.mosaic_tiles import COLUMN, TILE, transposed
 
 # What is done of a layer when everybody has signalled it, in this order.
-PROJECTED, MIXED, SUMMED, CONVOLVED, HIDDEN, ADDED = range(PHASES)
+NEIGHBOURS, PROJECTED, MIXED, SUMMED, HIDDEN, ADDED = range(PHASES)
 # Copies of squares are not clipped at the last row: so far beyond it a cluster's tile may reach.
 _MORE_ROWS = CLUSTER * MOST_ROWS
 # Warpgroups of a program.
@@ -136,7 +135,7 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
     programs -= programs % CLUSTER
     V, F = H * UNIT, both // 2
     projecting, summing, hiding, adding = products = tuple(
-        best_product(M, K, N, programs, gated=gated)
+        best_product(M, K, N, programs, gated=gated, staged=layer_conv.STAGES if gated else 0)
         for K, N, gated in ((D, E, False), (V, D, False), (D, F, True), (F, D, False))
     )
     parts = Product(M, V, V, BLOCK)
@@ -158,7 +157,8 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
         phases = Phases(given["counters"], programs, scratch.get("phases"))
         warpgroup = lax.axis_index("wg")
         x, projected, mixed = given["x"], given["projected"], given["mixed"]
-        middle, y, hidden, squares = (given[n] for n in ("middle", "y", "hidden", "squares"))
+        middle, hidden, others = (given[n] for n in ("middle", "hidden", "neighbours"))
+        squares, middle_squares = given["squares"], given["middle_squares"]
         def signal(phase, l):
             phases.signal(l * PHASES + phase)
 
@@ -208,12 +208,16 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
 
             return pipeline.multiply(product, result, slot, finish, begin, after)
 
-        def square(value, row, column):
+        def square(target, product):
             """Each row's squares over the columns of a tile."""
-            sums = scratch["squares"].at[pl.ds(0, adding.rows)]
-            sums[...] = jnp.sum(jnp.square(value.astype(f32)), axis=0)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(sums, squares.at[column, pl.ds(row, adding.rows)])
+
+            def after(value, row, column):
+                sums = scratch["squares"].at[pl.ds(0, product.rows)]
+                sums[...] = jnp.sum(jnp.square(value.astype(f32)), axis=0)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(sums, target.at[column, pl.ds(row, product.rows)])
+
+            return after
 
         def load_squares(pipeline):
             for t in range(projecting.most_tiles(programs)):
@@ -241,23 +245,18 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
 
             return pipeline.multiply(projecting, projected, slot, finish)
 
-        def convolve(pipeline, index, l):
+        def add_neighbours(pipeline, index, l):
             """A few rows of a program, then as many below all programs' rows."""
-            recent, taps = given["recent"].at[l], given["taps"].at[l]
-            row_of = functools.partial(
-                NormConv, recent, taps, given["offsets"], index, columns, epsilon
-            )
             program = pipeline.cluster * CLUSTER + pipeline.rank
-            for first, each in blocks_of_rows(B, programs):
+            what = (given[n].at[l] for n in ("recent", "taps"))
+            add_up = functools.partial(
+                layer_conv.neighbours, *what, given["offsets"], index, columns, target=others
+            )
+            for first, each in layer_conv.blocks_of_rows(B, programs):
                 begin = first + each * program
-
-                @pl.when(begin < B)
-                def _(begin=begin, first=first, each=each):
-                    # The last image again for images that do not exist.
-                    rows = row_of([jnp.minimum(begin + i, B - 1) for i in range(each)])
-                    if not first:
-                        wait(SUMMED, l)
-                    rows.finish(middle, y)
+                # The last image again for images that do not exist.
+                rows = [jnp.minimum(begin + i, B - 1) for i in range(each)]
+                pl.when(begin < B)(functools.partial(add_up, rows=rows))
 
         def load_weights(l, carry):
             pipeline, heads = of_layer(l)
@@ -271,22 +270,29 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
         def load_rows(l, _):
             pipeline, heads = of_layer(l)
             heads.load_tables()
-            pl.when(l > 0)(functools.partial(wait, ADDED, l - 1))
+            add_neighbours(pipeline, heads.index, l)
+            signal(NEIGHBOURS, l)
+
+            @pl.when(l > 0)
+            def _():
+                pipeline.rows_are_taken(adding)
+                wait(ADDED, l - 1)
+
             pipeline.load_rows(projecting, x, functools.partial(load_squares, pipeline))
             pipeline.rows_are_taken(projecting)
             heads.prepare(functools.partial(wait, PROJECTED, l))
             wait(MIXED, l)
             pipeline.load_rows(summing, mixed)
-            convolve(pipeline, heads.index, l)
-            signal(CONVOLVED, l)
-            for before, product, source, phase in (
-                (summing, hiding, y, CONVOLVED),
-                (hiding, adding, hidden, HIDDEN),
-            ):
-                pipeline.rows_are_taken(before)
-                wait(phase, l)
-                pipeline.load_rows(product, source)
-            pipeline.rows_are_taken(adding)
+            pipeline.rows_are_taken(summing)
+            wait(NEIGHBOURS, l)
+            wait(SUMMED, l)
+            layer_conv.load_rows(
+                *(pipeline, hiding, middle, middle_squares, others),
+                *(given["taps"].at[l], given["recent"].at[l], heads.index, epsilon),
+            )
+            pipeline.rows_are_taken(hiding)
+            wait(HIDDEN, l)
+            pipeline.load_rows(adding, hidden)
 
         def multiply(l, slot):
             pipeline, heads = of_layer(l)
@@ -294,13 +300,13 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
             signal(PROJECTED, l)
             slot = heads.finish(slot)
             signal(MIXED, l)
-            slot = add(pipeline, summing, middle, slot, x)
+            slot = add(pipeline, summing, middle, slot, x, square(middle_squares, summing))
             signal(SUMMED, l)
             slot = pipeline.multiply(hiding, hidden, slot, swiglu)
             signal(HIDDEN, l)
             # Also for itself: another warpgroup's waiting is none of this one's.
-            wait(CONVOLVED, l)
-            slot = add(pipeline, adding, x, slot, middle, square)
+            wait(SUMMED, l)
+            slot = add(pipeline, adding, x, slot, middle, square(squares, adding))
             signal(ADDED, l)
             return slot
 
@@ -315,6 +321,7 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
         @pl.when(warpgroup == _LOAD_ROWS)
         def _():
             lax.fori_loop(0, L, load_rows, None)
+            of_layer(L - 1)[0].rows_are_taken(adding)
 
         @pl.when(warpgroup == _MULTIPLY)
         def _():
@@ -327,12 +334,14 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
         "projected": like((M, E), bf16),
         "mixed": like((M, V), bf16),
         "middle": like((M, D), bf16),  # x after the mixer
-        "y": like((M, D), bf16),
+        "middle_squares": like((D // UNIT, M + _MORE_ROWS), f32),
+        "neighbours": like((M, D), bf16),
         "hidden": like((M, F), bf16),
     }
     scratch_of = scratch_types(products, programs, interpret, layer_heads.memory_types())
     scratch_of |= layer_heads.lasting_types(H, has_gates)
-    scratch_of["squares"] = plgpu.SMEM((adding.rows,), f32)
+    scratch_of |= layer_conv.scratch_types(D)
+    scratch_of["squares"] = plgpu.SMEM((max(summing.rows, adding.rows),), f32)
     scratch_of["arrived"] = plgpu.Barrier()
     most = projecting.most_tiles(programs)
     scratch_of["parts"] = plgpu.SMEM((most, D // UNIT, MOST_ROWS), f32)

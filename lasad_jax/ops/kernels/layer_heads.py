@@ -26,9 +26,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from lasad_jax.ops.kernels.layer_pipeline import (
     TRANSFORMS,
-    TRANSPOSED,
     Pipeline,
+    load_across,
     next_slot,
+    put_across,
     rolled_loop,
 )
 from lasad_jax.ops.kernels.layer_ring import BLOCK, HALF, BlockedRing
@@ -243,7 +244,7 @@ class Heads:
         plgpu.barrier_wait(scratch["keys_full"].at[part])
         plgpu.barrier_wait(scratch["qk_full"].at[part])
         q, k = (
-            activated(_across(self._qk_rows(part, first)).astype(jnp.float32))
+            activated(load_across(self._qk_rows(part, first)).astype(jnp.float32))
             for first in (0, BLOCK)
         )
         q = _twice(_rounded(q * KEY**-0.5))
@@ -251,14 +252,14 @@ class Heads:
         keys = self._piece("keys", part)
         own = keys.at[pl.ds(r * BLOCK, BLOCK)]
         mine = lax.div(_iota(0, BLOCK), KEY) == half
-        _put_across(own, jnp.where(mine, k, _across(own).astype(jnp.float32)))
+        put_across(own, jnp.where(mine, k, load_across(own).astype(jnp.float32)))
         dense = scratch["dense"]
-        _put_across(dense, jnp.where(lax.div(places, KEY) == lax.div(columns, BLOCK), q, 0.0))
+        put_across(dense, jnp.where(lax.div(places, KEY) == lax.div(columns, BLOCK), q, 0.0))
         for pair in range(2):
             # Two images of a chunk, two chunks beside each other.
             image = 4 * pair + jnp.where(left, 0, 2) + jnp.where(places < KEY, 0, 1)
             blocks = jnp.where(lax.rem(columns, BLOCK) == image, q, 0.0)
-            _put_across(self._queries(part, pair), blocks)
+            put_across(self._queries(part, pair), blocks)
         plgpu.commit_smem()
         new = self.ring.recent_k.at[head, pl.ds(row * HALF + r * BLOCK, BLOCK)]
         plgpu.copy_smem_to_gmem(own, new)
@@ -283,7 +284,7 @@ class Heads:
         # The prefix token keeps its weight.
         weights = jnp.where((places < BLOCK) & left, 1.0, jnp.exp(logs))
         scores = jnp.where(images, scores * weights, 0.0)
-        _put_across(self._piece("scores", part), scores)
+        put_across(self._piece("scores", part), scores)
         empty = plgpu.broadcasted_iota(jnp.int32, (UNIT,), 0, layout=ROW) < BLOCK
         for i, side in enumerate((images & left, images & (columns >= BLOCK))):
             place = pl.ds(i * UNIT, UNIT)
@@ -308,7 +309,7 @@ class Heads:
         values, v = w.at[slots[2]], self._piece("values", part)
         plgpu.barrier_wait(scratch["values_full"].at[part])
         plgpu.barrier_wait(w_full.at[slots[2]])
-        _put_across(values.at[pl.ds(self._slot * BLOCK, BLOCK)], _across(v))
+        put_across(values.at[pl.ds(self._slot * BLOCK, BLOCK)], load_across(v))
         plgpu.commit_smem()
         new = self.ring.recent_v.at[head, pl.ds(row * ROWS + self._slot * BLOCK, BLOCK)]
         plgpu.copy_smem_to_gmem(v, new)
@@ -332,7 +333,7 @@ class Heads:
         logs = scratch["logs"].at[part]
 
         def others():
-            gate = _rounded(silu(_across(self._piece("out_gates", part)).astype(jnp.float32)))
+            gate = _rounded(silu(load_across(self._piece("out_gates", part)).astype(jnp.float32)))
             decay = jnp.exp(plgpu.load(logs.at[pl.ds(0, BLOCK)], layout=COLUMN, optimized=False))
             return gate, by_column(decay)
 
@@ -345,7 +346,7 @@ class Heads:
         out = scratch["out"].at[pl.ds(0, BLOCK)]
         # What the part before has left there has been read.
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        _put_across(out, x)
+        put_across(out, x)
         plgpu.commit_smem()
         place = pl.ds(row, BLOCK), pl.ds(head * UNIT, UNIT)
         plgpu.copy_smem_to_gmem(out, self.mixed.at[*place])
@@ -388,7 +389,7 @@ class Heads:
         memory = w.at[jnp.where(b < BLOCK // 2, slots[0], slots[1])]
         memory = memory.at[pl.ds(lax.rem(b, BLOCK // 2) * KEY, UNIT)]
         decay = jnp.where(columns < KEY, jnp.exp(logs[b]), jnp.exp(logs[b + 1]))
-        _put_across(memory, decay * _across(memory).astype(jnp.float32) + recent)
+        put_across(memory, decay * load_across(memory).astype(jnp.float32) + recent)
         # All warps are done with the halves.
         plgpu.commit_smem()
 
@@ -409,15 +410,6 @@ class Heads:
     def _logs(self, name, part, i):
         logs = self.pipeline.scratch[name].at[part, pl.ds(i * UNIT, UNIT)]
         return plgpu.load(logs, layout=ROW)
-
-
-def _across(ref):
-    """A (rows, 64) piece as the tile of its columns, 64 of them, by rows."""
-    return plgpu.layout_cast(plgpu.load(transposed(ref), layout=TRANSPOSED), TILE)
-
-
-def _put_across(ref, value):
-    transposed(ref)[...] = plgpu.layout_cast(value.astype(jnp.bfloat16), TRANSPOSED)
 
 
 def _iota(dimension, width=UNIT):

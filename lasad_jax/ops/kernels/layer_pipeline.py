@@ -22,7 +22,7 @@ from lasad_jax.ops.kernels.layer_tiling import (
     rows_in_flight,
     weight_slots,
 )
-from lasad_jax.ops.kernels.mosaic_tiles import transposed
+from lasad_jax.ops.kernels.mosaic_tiles import TILE, transposed
 
 TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 TRANSFORMS = (plgpu.TilingTransform((8, UNIT)), plgpu.SwizzleTransform(128))
@@ -134,7 +134,7 @@ class Pipeline:
                     plgpu.barrier_wait(empty.at[slot])
 
                 piece = source.at[pl.ds(row, product.rows), pl.ds(k * DEPTH, DEPTH)]
-                plgpu.copy_gmem_to_smem(piece, self._rows(product, slot), full.at[slot])
+                plgpu.copy_gmem_to_smem(piece, self.rows(product, slot), full.at[slot])
                 return i + 1, next_slot(slot, product.slots)
 
             carry = rolled_loop(product.steps, step, carry)
@@ -189,7 +189,8 @@ class Pipeline:
         """A tile on its way out."""
         return self.scratch["out"].at[pl.ds(0, product.rows)]
 
-    def _rows(self, product, slot):
+    def rows(self, product: Product, slot: jax.Array) -> jax.Ref:
+        """A piece of rows."""
         return self.scratch["rows"].at[pl.ds(slot * product.rows, product.rows)]
 
     def _sums(self, product, slots):
@@ -207,7 +208,7 @@ class Pipeline:
             def step(k, carry):
                 (x_slot, slot), before = carry
                 plgpu.barrier_wait(x_full.at[x_slot])
-                rows = transposed(self._rows(product, x_slot))
+                rows = transposed(self.rows(product, x_slot))
                 w_slots = []
                 for total in sums:
                     plgpu.barrier_wait(w_full.at[slot])
@@ -256,6 +257,16 @@ def _order_registers(_):
     Between this and the product there must be no branch, such as the wait for a barrier.
     """
     mgpu.utils.inline_ptx("wgmma.fence.sync.aligned;", has_side_effects=True)
+
+
+def load_across(ref: jax.Ref) -> jax.Array:
+    """A (rows, 64) piece as the tile of its columns, 64 of them, by rows."""
+    return plgpu.layout_cast(plgpu.load(transposed(ref), layout=TRANSPOSED), TILE)
+
+
+def put_across(ref: jax.Ref, value: jax.Array) -> None:
+    """The other way round; each thread writes the numbers that it would load."""
+    transposed(ref)[...] = plgpu.layout_cast(value.astype(jnp.bfloat16), TRANSPOSED)
 
 
 def next_slot(slot, slots):

@@ -42,6 +42,7 @@ class Product:
       M, K, N: its size; N of what it gives, not of the matrix.
       rows: of a tile.
       units: columns that a tile is made from, in units: 2 with a gate.
+      staged: pieces that rows are made of beside them on their way at once.
     """
 
     M: int
@@ -49,6 +50,7 @@ class Product:
     N: int
     rows: int
     units: int = 1
+    staged: int = 0
 
     @property
     def steps(self) -> int:
@@ -73,7 +75,8 @@ class Product:
     def slots(self) -> int:
         """Pieces of rows on their way at once."""
         memory = _OF_FEW if self.M <= _FEW_ROWS else _ROWS_MEMORY
-        return min(memory // (self.rows * DEPTH * 2), self.steps, _MOST_SLOTS)
+        fit = memory // (self.rows * DEPTH * 2) - self.staged
+        return min(fit, self.steps, _MOST_SLOTS)
 
     def cost(self, programs: int) -> float:
         """Microseconds, roughly, on an H100 or H200."""
@@ -85,11 +88,13 @@ class Product:
         return max(rounds * loads / INTAKE, read / L2, rounds * products / PRODUCTS)
 
 
-def best_product(M: int, K: int, N: int, programs: int, *, gated: bool = False) -> Product:
+def best_product(
+    M: int, K: int, N: int, programs: int, *, gated: bool = False, staged: int = 0
+) -> Product:
     """The rows that cost least; of equals, the fewest, for which a program waits least."""
     units = 1 + gated
     ways = [
-        Product(M, K, N, r, units)
+        Product(M, K, N, r, units, staged)
         for r in range(_FEWEST_ROWS, MOST_ROWS // units + 1, _MULTIPLE)
         if r <= M
     ]
@@ -98,7 +103,7 @@ def best_product(M: int, K: int, N: int, programs: int, *, gated: bool = False) 
 
 def rows_in_flight(products: tuple[Product, ...]) -> int:
     """Rows of DEPTH inputs that shared memory holds."""
-    return max(p.rows * p.slots for p in products)
+    return max(p.rows * (p.slots + p.staged) for p in products)
 
 
 def weight_slots(products: tuple[Product, ...], programs: int) -> int:
