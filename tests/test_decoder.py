@@ -1,6 +1,7 @@
 """The decoder: the logits of `decode_step`, its kernels those of its plain form, and no copies."""
 
 import dataclasses
+import functools
 import itertools
 import warnings
 
@@ -115,7 +116,9 @@ def generation_program(config, device, batch):
     """The text of `generate` for a device."""
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     params = jax.tree.map(shape, nn.unbox(abstract_parameters(config)))
-    weights = jax.eval_shape(lambda params: decoder.prepare(config, params), params)
+    with on(device):
+        prepare = functools.partial(decoder.prepare, config, num_rows=batch)
+        weights = jax.eval_shape(prepare, params)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
     integers = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
 

@@ -22,7 +22,11 @@ from jaxtyping import Array, Float, Float32, Int, PyTree
 from lasad_jax import ops
 from lasad_jax.models import decoder_mixers as mixers
 from lasad_jax.models.config import ModelConfig
-from lasad_jax.models.decoder_forms import IMPLEMENTATIONS, resolve_implementation
+from lasad_jax.models.decoder_forms import (
+    IMPLEMENTATIONS,
+    projection_columns,
+    resolve_implementation,
+)
 from lasad_jax.models.decoder_products import (
     normalise,
     project,
@@ -33,6 +37,7 @@ from lasad_jax.models.decoder_weights import Weights, prepare
 from lasad_jax.models.generator import LASADGen
 from lasad_jax.models.layers import NORM_EPSILON
 from lasad_jax.models.local_conv import NUM_PREFIX
+from lasad_jax.models.sizes import ffn_width
 from lasad_jax.ops.kernels.layer_ring import BlockedRing, to_blocks
 from lasad_jax.ops.kernels.layer_tiling import counters, whole_rows
 from lasad_jax.ops.passes.local_conv import TAPS, next_token
@@ -155,11 +160,9 @@ def _all_layers(config, weights, x, cache):
         cache.layers.recent,
         cache.index,
         cache.counters,
-        projection=layers.projection,
-        out=layers.out,
+        pieces=layers.pieces,
+        sizes=(projection_columns(config), ffn_width(config)),
         taps=layers.conv,
-        gate_up=layers.gate_up,
-        down=layers.down,
         log_factor=layers.log_factor,
         turns=weights.turns,
         gate_bias=layers.gate_bias,

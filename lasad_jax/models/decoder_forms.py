@@ -15,7 +15,7 @@ from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.models.mixers import FAMILIES
 from lasad_jax.models.sizes import ffn_width
-from lasad_jax.ops.kernels import layer_tiling, choice
+from lasad_jax.ops.kernels import choice, layer_tiling
 
 IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic")
 # The joint projection is this many columns wide, or a multiple: what matrix products like.

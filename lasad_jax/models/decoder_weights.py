@@ -11,8 +11,8 @@ from lasad_jax.models.decoder_forms import projection_columns, resolve_implement
 from lasad_jax.models.folding import fold
 from lasad_jax.models.mixers import decay_of
 from lasad_jax.models.rope import turn_table
-from lasad_jax.ops.kernels.layer_tiling import UNIT
 from lasad_jax.ops.kernels.decode_tiling import PAIR, interleave
+from lasad_jax.ops.kernels.layer_tiling import UNIT, pack
 
 
 @struct.dataclass
@@ -43,6 +43,21 @@ class LayerWeights:
 
 
 @struct.dataclass
+class PackedLayers:
+    """All layers as "mosaic" reads them; what is not said is as in `LayerWeights`.
+
+    Attributes:
+      pieces: projection, out, gate_up and down, cut into pieces (`layer_tiling.pack`).
+      gate_bias, log_factor: of heads filled up to a multiple of four.
+    """
+
+    pieces: Float[Array, "layers pieces rows columns"]
+    gate_bias: Float[Array, "layers heads"] | None
+    log_factor: Float[Array, "layers places heads"]
+    conv: Float[Array, "layers taps D"]
+
+
+@struct.dataclass
 class Weights:
     """All that decoding multiplies with.
 
@@ -52,14 +67,14 @@ class Weights:
       turns: for each token, prefix included, what RoPE multiplies a head by and what it
         multiplies its swapped pairs by: (cos, cos) and (-sin, sin).
         For "mosaic" twice beside each other.
-      layers: one after the other; for "mosaic" stacked.
+      layers: one after the other.
       form: that `decode` has (`decoder_forms`).
       fused: whether its products may be kernels.
     """
 
     params: PyTree
     turns: Float[Array, "tokens 2 Dk"] | None
-    layers: tuple[LayerWeights, ...] | LayerWeights
+    layers: tuple[LayerWeights, ...] | PackedLayers
     form: str = struct.field(pytree_node=False)
     fused: bool = struct.field(pytree_node=False)
 
@@ -91,7 +106,9 @@ def prepare(
         turns = jnp.asarray(table, jnp.float32)
     params = fold(config, params)
     if form == "mosaic":
-        layers = jax.vmap(lambda block: _layer(config, block, exact, UNIT))(params["blocks"])
+        layers = jax.vmap(lambda block: _packed(_layer(config, block, exact, UNIT)))(
+            params["blocks"]
+        )
         turns = turns if turns is None else jnp.concatenate([turns, turns], axis=-1)
     else:
         layers = tuple(
@@ -99,6 +116,14 @@ def prepare(
             for i in range(config.num_layers)
         )
     return Weights(params, turns, layers, form, implementation != "xla")
+
+
+def _packed(layer: LayerWeights) -> PackedLayers:
+    matrices = (layer.projection, 1), (layer.out, 1), (layer.gate_up, 2), (layer.down, 1)
+    # Bulk copies take 16 bytes at a time.
+    fill = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % 4)])
+    bias = None if layer.gate_bias is None else fill(layer.gate_bias)
+    return PackedLayers(pack(*matrices), bias, fill(layer.log_factor), layer.conv)
 
 
 def _layer(config: ModelConfig, params: PyTree, exact, pair: int) -> LayerWeights:

@@ -21,6 +21,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -29,7 +30,7 @@ from jaxtyping import Array, BFloat16, Float32, Int
 from lasad_jax.ops.kernels import layer_conv, layer_heads
 from lasad_jax.ops.kernels.grid_barrier import Phases
 from lasad_jax.ops.kernels.layer_heads import Heads
-from lasad_jax.ops.kernels.layer_pipeline import TRANSPOSED, Pipeline, scratch_types
+from lasad_jax.ops.kernels.layer_pipeline import TRANSPOSED, Pipeline, rolled_loop, scratch_types
 from lasad_jax.ops.kernels.layer_ring import BLOCK, BlockedRing
 from lasad_jax.ops.kernels.layer_tiling import (
     CLUSTER,
@@ -47,11 +48,13 @@ NEIGHBOURS, PROJECTED, MIXED, SUMMED, HIDDEN, ADDED = range(PHASES)
 # Copies of squares are not clipped at the last row: so far beyond it a cluster's tile may reach.
 _MORE_ROWS = CLUSTER * MOST_ROWS
 # Warpgroups of a program.
-_MULTIPLY, _LOAD_ROWS, _LOAD_WEIGHTS = range(3)
+_MULTIPLY, _LOAD_ROWS, _LOAD_WEIGHTS, _HELP = range(4)
+# Registers of their threads, of 512 altogether.
+_REGISTERS = {_MULTIPLY: 168, _LOAD_WEIGHTS: 24, _HELP: 160}
 
 
 @functools.partial(
-    jax.jit, static_argnames=("offsets", "columns", "epsilon", "programs", "interpret")
+    jax.jit, static_argnames=("sizes", "offsets", "columns", "epsilon", "programs", "interpret")
 )
 def all_layers(
     x: BFloat16[Array, "M D"],
@@ -60,14 +63,12 @@ def all_layers(
     index: Int[Array, ""],
     counters: Int[Array, "counters stride"],
     *,
-    projection: BFloat16[Array, "layers D E"],
-    out: BFloat16[Array, "layers V D"],
+    pieces: BFloat16[Array, "layers pieces 128 64"],
+    sizes: tuple[int, int],
     taps: BFloat16[Array, "layers taps D"],
-    gate_up: BFloat16[Array, "layers D 2*F"],
-    down: BFloat16[Array, "layers F D"],
-    log_factor: Float32[Array, "layers places H"],
+    log_factor: Float32[Array, "layers places heads"],
     turns: Float32[Array, "tokens 2 64"] | None,
-    gate_bias: Float32[Array, "layers H"] | None,
+    gate_bias: Float32[Array, "layers heads"] | None,
     offsets: tuple[tuple[int, int], ...],
     columns: int,
     epsilon: float,
@@ -83,20 +84,22 @@ def all_layers(
 
     Args:
       x: the residual stream. M is `whole_rows(B)` of `layer_tiling`: what rows beyond the images
-        hold, here and in the results, means nothing.
+        hold, here and in the results, means nothing, but must be numbers.
       ring: of all mixers, of M images; updated in place.
       recent: rings of the newest inputs of the convolutions, slot i % W for token i; updated
         in place.
       index: number of tokens before this one, the one prefix token included.
       counters: `layer_tiling.counters`, zeros before and after; updated in place.
-      projection: to [q | k | v | out_gate] of one head after the other, then the content gates.
-      out, gate_up, down: matrices, the norms' scales in their rows as in the projection's; gate_up
-        has by turns 64 columns of gate and of up.
+      pieces: of each layer's matrices, the norms' scales in their rows (`layer_tiling.pack`): the
+        projection to [q | k | v | out_gate] of one head after the other, then the content gates;
+        out; gate and up, by turns 64 columns of each (2 units); and down.
+      sizes: E and F.
       taps: a weight per channel for each of `offsets`, (rows down, columns right) of the
         neighbour, of which the first is the token itself.
-      log_factor: log-factor of the step to each place, without the content gate.
+      log_factor: log-factor of the step to each place, without the content gate; of H heads,
+        filled up to a multiple of four.
       turns: for each token, what RoPE multiplies a head and its swapped pairs by, twice.
-      gate_bias: of the content gates; None for none.
+      gate_bias: of the content gates, filled up too; None for none.
       columns: of the grid.
       epsilon: of all norms.
       programs: at most as many as there are multiprocessors; None for that many.
@@ -108,7 +111,7 @@ def all_layers(
     state = jax.tree.map(jax.new_ref, state)
     tables = [y for y in (log_factor, turns, gate_bias) if y is not None]
     launch = _kernel(
-        (x.shape, recent.shape, projection.shape, gate_up.shape, log_factor.shape[2]),
+        (x.shape, recent.shape, sizes, (ring.memory.shape[1], log_factor.shape[2])),
         has_turns=turns is not None,
         has_gates=gate_bias is not None,
         columns=columns,
@@ -119,30 +122,46 @@ def all_layers(
     # A loop's own counter is of a weak type, which kernels cannot divide.
     index = index.astype(jnp.int32)[None]
     neighbours = jnp.asarray(offsets[1:], jnp.int32)
-    launch(index, neighbours, taps, *tables, projection, out, gate_up, down, *jax.tree.leaves(state))
+    launch(index, neighbours, taps, *tables, pieces, *jax.tree.leaves(state))
     x, _, ring, recent, counters = jax.tree.map(jax.freeze, state)
     return x, ring, recent, counters
 
 
 def _sums_of_squares(x):
-    """Of each row, over every 64 channels, beside zeros for rows that tiles have beyond the last."""
+    """Of each row, over every 64 channels, and zeros for rows that tiles have beyond."""
     squares = jnp.square(x.astype(jnp.float32)).reshape(len(x), -1, UNIT)
     return jnp.pad(jnp.sum(squares, axis=2).T, ((0, 0), (0, _MORE_ROWS)))
 
 
 def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpret):
-    (M, D), (L, B, _, _), (_, _, E), (_, _, both), H = shapes
+    (M, D), (L, *_), (E, F), (H, num_factors) = shapes
     programs -= programs % CLUSTER
-    V, F = H * UNIT, both // 2
+    V = H * UNIT
     projecting, summing, hiding, adding = products = tuple(
         best_product(M, K, N, programs, gated=gated, staged=layer_conv.STAGES if gated else 0)
         for K, N, gated in ((D, E, False), (V, D, False), (D, F, True), (F, D, False))
     )
     parts = Product(M, V, V, BLOCK)
     bf16, f32 = jnp.bfloat16, jnp.float32
-    names = ["index", "offsets", "taps", "log_factor", *["turns"] * has_turns, *["gate_bias"] * has_gates]
-    names += ["projection", "out", "gate_up", "down"]
-    names += ["x", "squares", "memory", "recent_k", "recent_v", "log_weight", "recent", "counters"]
+    names = [
+        "index",
+        "offsets",
+        "taps",
+        "log_factor",
+        *["turns"] * has_turns,
+        *["gate_bias"] * has_gates,
+    ]
+    names += [
+        "pieces",
+        "x",
+        "squares",
+        "memory",
+        "recent_k",
+        "recent_v",
+        "log_weight",
+        "recent",
+        "counters",
+    ]
 
     def body(*refs):
         known = [*names, *out_types]
@@ -159,22 +178,25 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
         x, projected, mixed = given["x"], given["projected"], given["mixed"]
         middle, hidden, others = (given[n] for n in ("middle", "hidden", "neighbours"))
         squares, middle_squares = given["squares"], given["middle_squares"]
-        def signal(phase, l):
-            phases.signal(l * PHASES + phase)
 
-        def wait(phase, l):
-            phases.wait(l * PHASES + phase)
+        def signal(phase, layer):
+            phases.signal(layer * PHASES + phase)
 
-        def of_layer(l):
+        def wait(phase, layer):
+            phases.wait(layer * PHASES + phase)
+
+        def of_layer(layer):
             """What warpgroups know of it: the pipeline and the heads.
 
             Places are worked out in each layer anew: kept through all of them, they would take
             more registers than there are.
             """
             again = lax.optimization_barrier
-            pipeline = Pipeline(again(cluster), again(rank), programs // CLUSTER, scratch, interpret)
+            pipeline = Pipeline(
+                again(cluster), again(rank), programs // CLUSTER, scratch, interpret
+            )
             index = again(given["index"][0])
-            rings = (given[n].at[l] for n in ("memory", "recent_k", "recent_v", "log_weight"))
+            rings = (given[n].at[layer] for n in ("memory", "recent_k", "recent_v", "log_weight"))
             heads = Heads(
                 pipeline,
                 parts,
@@ -182,8 +204,8 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
                 projected=projected,
                 mixed=mixed,
                 index=index,
-                log_factor=given["log_factor"].at[l, index - 1],
-                gate_bias=given["gate_bias"].at[l] if has_gates else None,
+                log_factor=given["log_factor"].at[layer, index - 1],
+                gate_bias=given["gate_bias"].at[layer] if has_gates else None,
                 turns=given["turns"].at[index] if has_turns else None,
                 epsilon=epsilon,
             )
@@ -245,87 +267,107 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
 
             return pipeline.multiply(projecting, projected, slot, finish)
 
-        def add_neighbours(pipeline, index, l):
+        def add_neighbours(pipeline, index, layer):
             """A few rows of a program, then as many below all programs' rows."""
             program = pipeline.cluster * CLUSTER + pipeline.rank
-            what = (given[n].at[l] for n in ("recent", "taps"))
+            what = (given[n].at[layer] for n in ("recent", "taps"))
             add_up = functools.partial(
                 layer_conv.neighbours, *what, given["offsets"], index, columns, target=others
             )
-            for first, each in layer_conv.blocks_of_rows(B, programs):
+            for first, each in layer_conv.blocks_of_rows(M, programs):
                 begin = first + each * program
-                # The last image again for images that do not exist.
-                rows = [jnp.minimum(begin + i, B - 1) for i in range(each)]
-                pl.when(begin < B)(functools.partial(add_up, rows=rows))
+                rows = [begin + i for i in range(each)]
+                pl.when(begin < M)(functools.partial(add_up, rows=rows))
 
-        def load_weights(l, carry):
-            pipeline, heads = of_layer(l)
-            load = pipeline.load_matrix
-            carry = load(projecting, given["projection"].at[l], *carry)
-            carry = heads.load(*carry)
-            for product, name in ((summing, "out"), (hiding, "gate_up"), (adding, "down")):
-                carry = load(product, given[name].at[l], *carry)
-            return carry
+        def load_weights(layer, carry):
+            pipeline, heads = of_layer(layer)
+            first = np.cumsum([0, *(p.pieces for p in products)])
 
-        def load_rows(l, _):
-            pipeline, heads = of_layer(l)
-            heads.load_tables()
-            add_neighbours(pipeline, heads.index, l)
-            signal(NEIGHBOURS, l)
+            def load(i, carry):
+                # One copy of the code for all products.
+                choose = lambda values: sum(jnp.where(i == j, v, 0) for j, v in enumerate(values))
+                shape = (
+                    choose(int(x) for x in y)
+                    for y in zip(*(p.shape for p in products), strict=True)
+                )
+                begin = choose(int(x) for x in first[:-1])
+                carry = pipeline.load_pieces(*shape, given["pieces"].at[layer], begin, *carry)
+                return heads.load(jnp.where(i == 0, heads.num_parts, 0), *carry)
 
-            @pl.when(l > 0)
+            return rolled_loop(len(products), load, carry)
+
+        def load_rows(helping, layer, _):
+            pipeline, heads = of_layer(layer)
+            loading = jnp.logical_not(helping)
+
+            @pl.when(loading)
             def _():
-                pipeline.rows_are_taken(adding)
-                wait(ADDED, l - 1)
+                heads.load_tables()
+                add_neighbours(pipeline, heads.index, layer)
+                signal(NEIGHBOURS, layer)
 
-            pipeline.load_rows(projecting, x, functools.partial(load_squares, pipeline))
-            pipeline.rows_are_taken(projecting)
-            heads.prepare(functools.partial(wait, PROJECTED, l))
-            wait(MIXED, l)
-            pipeline.load_rows(summing, mixed)
-            pipeline.rows_are_taken(summing)
-            wait(NEIGHBOURS, l)
-            wait(SUMMED, l)
-            layer_conv.load_rows(
-                *(pipeline, hiding, middle, middle_squares, others),
-                *(given["taps"].at[l], given["recent"].at[l], heads.index, epsilon),
-            )
-            pipeline.rows_are_taken(hiding)
-            wait(HIDDEN, l)
-            pipeline.load_rows(adding, hidden)
+                @pl.when(layer > 0)
+                def _():
+                    pipeline.rows_are_taken(adding)
+                    wait(ADDED, layer - 1)
 
-        def multiply(l, slot):
-            pipeline, heads = of_layer(l)
+                pipeline.load_rows(projecting, x, functools.partial(load_squares, pipeline))
+                pipeline.rows_are_taken(projecting)
+
+            heads.prepare(helping, functools.partial(wait, PROJECTED, layer))
+            pl.when(helping)(lambda: plgpu.barrier_arrive(scratch["helped"]))
+
+            @pl.when(loading)
+            def _():
+                plgpu.barrier_wait(scratch["helped"])
+                wait(MIXED, layer)
+                pipeline.load_rows(summing, mixed)
+                pipeline.rows_are_taken(summing)
+                wait(NEIGHBOURS, layer)
+                wait(SUMMED, layer)
+                layer_conv.load_rows(
+                    *(pipeline, hiding, middle, middle_squares, others),
+                    *(given["taps"].at[layer], given["recent"].at[layer], heads.index, epsilon),
+                )
+                pipeline.rows_are_taken(hiding)
+                wait(HIDDEN, layer)
+                pipeline.load_rows(adding, hidden)
+
+        def multiply(layer, slot):
+            pipeline, heads = of_layer(layer)
             slot = project(pipeline, slot)
-            signal(PROJECTED, l)
+            signal(PROJECTED, layer)
             slot = heads.finish(slot)
-            signal(MIXED, l)
+            signal(MIXED, layer)
             slot = add(pipeline, summing, middle, slot, x, square(middle_squares, summing))
-            signal(SUMMED, l)
+            signal(SUMMED, layer)
             slot = pipeline.multiply(hiding, hidden, slot, swiglu)
-            signal(HIDDEN, l)
+            signal(HIDDEN, layer)
             # Also for itself: another warpgroup's waiting is none of this one's.
-            wait(SUMMED, l)
+            wait(SUMMED, layer)
             slot = add(pipeline, adding, x, slot, middle, square(squares, adding))
-            signal(ADDED, l)
+            signal(ADDED, layer)
             return slot
 
         zero = jnp.int32(0)
 
         @pl.when(warpgroup == _LOAD_WEIGHTS)
         def _():
-            plgpu.set_max_registers(104, action="decrease")
+            plgpu.set_max_registers(_REGISTERS[_LOAD_WEIGHTS], action="decrease")
             position, _ = lax.fori_loop(0, L, load_weights, (zero, zero))
             of_layer(0)[0].pieces_are_taken(position)
 
-        @pl.when(warpgroup == _LOAD_ROWS)
+        @pl.when((warpgroup == _LOAD_ROWS) | (warpgroup == _HELP))
         def _():
-            lax.fori_loop(0, L, load_rows, None)
-            of_layer(L - 1)[0].rows_are_taken(adding)
+            plgpu.set_max_registers(_REGISTERS[_HELP], action="increase")
+            helping = warpgroup == _HELP
+            lax.fori_loop(0, L, functools.partial(load_rows, helping), None)
+            last, _ = of_layer(L - 1)
+            pl.when(jnp.logical_not(helping))(functools.partial(last.rows_are_taken, adding))
 
         @pl.when(warpgroup == _MULTIPLY)
         def _():
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(_REGISTERS[_MULTIPLY], action="increase")
             lax.fori_loop(0, L, multiply, zero)
             phases.leave()
 
@@ -339,7 +381,7 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
         "hidden": like((M, F), bf16),
     }
     scratch_of = scratch_types(products, programs, interpret, layer_heads.memory_types())
-    scratch_of |= layer_heads.lasting_types(H, has_gates)
+    scratch_of |= layer_heads.lasting_types(num_factors, has_gates)
     scratch_of |= layer_conv.scratch_types(D)
     scratch_of["squares"] = plgpu.SMEM((max(summing.rows, adding.rows),), f32)
     scratch_of["arrived"] = plgpu.Barrier()
@@ -361,7 +403,7 @@ def _kernel(shapes, *, has_turns, has_gates, columns, epsilon, programs, interpr
         body,
         out_type=list(out_types.values()),
         scratch_types=list(scratch_of.values()),
-        num_threads=3,
+        num_threads=4,
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(approx_math=True, unsafe_no_auto_barriers=True),
         **axes,

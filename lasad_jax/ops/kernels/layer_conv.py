@@ -39,7 +39,10 @@ def neighbours(recent, taps, offsets, index, columns: int, rows: list, target: j
     """What the neighbours add to some rows. Arguments: `decode_layers.all_layers`'s.
 
     offsets: but for the token's own.
+    rows: those beyond the images get what the last image does: in a block of heads, a number that
+      is none would spoil other images.
     """
+    images = [jnp.minimum(row, recent.shape[0] - 1) for row in rows]
     grid_row, column = lax.div(index - 1, columns), lax.rem(index - 1, columns)
     num_taps = offsets.shape[0]
     at_once = math.gcd(num_taps, _MOST_TAPS)
@@ -53,7 +56,7 @@ def neighbours(recent, taps, offsets, index, columns: int, rows: list, target: j
             slot = lax.rem(index + below * columns + right, recent.shape[1])
             slot = jnp.where(inside, slot, 0)
             weight = _load(taps.at[1 + tap]) * inside.astype(jnp.float32)
-            terms = [_load(recent.at[row, slot]) * weight for row in rows]
+            terms = [_load(recent.at[image, slot]) * weight for image in images]
             sums = [a + b for a, b in zip(sums, terms, strict=True)]
         return sums
 

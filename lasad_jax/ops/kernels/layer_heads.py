@@ -64,7 +64,7 @@ def memory_types() -> dict:
         "logs_before": logs,
         "logs": logs,
         "logs_after": logs,
-        "dense": tiles(_WIDE),
+        "dense": tiles(2 * _WIDE),
         "halves": tiles(2 * UNIT),
     }
 
@@ -82,6 +82,7 @@ def lasting_types(num_heads: int, has_gates: bool) -> dict:
         "values_full": barrier(2),
         "prepared": barrier(1),
         "finished": barrier(1),
+        "helped": plgpu.Barrier(),
     }
 
 
@@ -131,55 +132,71 @@ class Heads:
         if self.gate_bias is not None:
             plgpu.copy_gmem_to_smem(self.gate_bias, scratch["biases"], scratch["tables_full"])
 
-    def load(self, position, slot):
-        """Memories and newest values of all parts, as `Pipeline.load_matrix`."""
+    def load(self, num, position, slot):
+        """Memories and newest values of the first parts, as `Pipeline.load_pieces`."""
 
         def step(t, carry):
-            position, slot = carry
             row, head = self.pipeline.place(self.parts, t)
-            memory, values = self.ring.memory, self.ring.recent_v
-            first = row * KEY
-            for piece in (
-                memory.at[head, pl.ds(first, DEPTH)],
-                memory.at[head, pl.ds(first + DEPTH, DEPTH)],
-                values.at[head, pl.ds(row * ROWS, DEPTH)],
-            ):
-                position, slot = self.pipeline.load_piece(piece, position, slot, shared=False)
-            return position, slot
+            load = functools.partial(self.pipeline.load_piece, shared=False)
 
-        return rolled_loop(self.num_parts, step, (position, slot))
+            def memory(i, carry):
+                rows = pl.ds(row * KEY + i * DEPTH, DEPTH)
+                return load(self.ring.memory.at[head, rows], *carry)
 
-    def prepare(self, wait) -> None:
-        """Operands of all parts; `wait` until projections are there."""
-        scratch, num_parts = self.pipeline.scratch, self.num_parts
-        turns = self._turns()
+            carry = rolled_loop(2, memory, carry)
+            return load(self.ring.recent_v.at[head, pl.ds(row * ROWS, DEPTH)], *carry)
+
+        return rolled_loop(num, step, (position, slot))
+
+    def prepare(self, helping, wait) -> None:
+        """Operands of all parts, by two warpgroups at once: of those in slots 0 and 2, and 1.
+
+        Args:
+          helping: whether this warpgroup is the second.
+          wait: called to wait until projections are there, and nobody uses rows any more.
+        """
+        scratch, first = self.pipeline.scratch, helping.astype(jnp.int32)
+        finished, turns = scratch["finished"], self._turns()
         plgpu.barrier_wait(scratch["tables_full"])
 
         def some_parts(i, _):
-            first = i * SLOTS
-            num = jnp.minimum(num_parts - first, SLOTS)
+            num = self._num_own(i, first)
 
-            def load_keys(slot, _):
+            def load_keys(j, _):
+                slot = first + 2 * j
                 # What was written in these places, and what is still read there.
-                pl.when(i > 0)(lambda: plgpu.barrier_wait(scratch["finished"].at[slot]))
+                pl.when(i > 0)(lambda: plgpu.barrier_wait(finished.at[slot]))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.commit_smem()
-                self._load_keys(first + slot, slot)
+                self._load_keys(i * SLOTS + slot, slot)
 
+            def load_projections(j, _):
+                self._load_projections(i * SLOTS + first + 2 * j, first + 2 * j)
+
+            def prepare(j, _):
+                self._prepare(i * SLOTS + first + 2 * j, first + 2 * j, first, turns)
+
+            # Only the first knows before that rows are not used.
+            pl.when((i == 0) & helping)(wait)
             rolled_loop(num, load_keys, None)
-            pl.when(i == 0)(wait)
-            rolled_loop(num, lambda slot, _: self._load_projections(first + slot, slot), None)
-            rolled_loop(num, lambda slot, _: self._prepare(first + slot, slot, turns), None)
+            pl.when((i == 0) & jnp.logical_not(helping))(wait)
+            rolled_loop(num, load_projections, None)
+            rolled_loop(num, prepare, None)
 
-        rolled_loop(lax.div(num_parts + SLOTS - 1, SLOTS), some_parts, None)
-        num = jnp.minimum(num_parts, SLOTS)
-        rolled_loop(num, lambda slot, _: plgpu.barrier_wait(scratch["finished"].at[slot]), None)
+        rolled_loop(lax.div(self.num_parts + SLOTS - 1, SLOTS), some_parts, None)
+        done = lambda j, _: plgpu.barrier_wait(finished.at[first + 2 * j])
+        rolled_loop(self._num_own(0, first), done, None)
         plgpu.wait_smem_to_gmem(0)
         # What was written here before rows of products come.
         plgpu.commit_smem()
 
+    def _num_own(self, i, first):
+        """Parts of round i in slot `first` and, for 0, two further."""
+        left = self.num_parts - i * SLOTS
+        return jnp.minimum(lax.div(left + 1 - first, 2), 2 - first)
+
     def finish(self, slot):
-        """Gated outputs of all parts, from the slot of the first memory; the slot after the last."""
+        """Gated outputs of all parts, from the slot of the first memory on; the slot after it."""
 
         def step(t, carry):
             part, slot = carry
@@ -226,7 +243,7 @@ class Heads:
         load(first + 2 * KEY, UNIT, self._piece("values", slot), full)
         load(first + 2 * KEY + UNIT, UNIT, self._piece("out_gates", slot), full)
 
-    def _prepare(self, t, part, turns):
+    def _prepare(self, t, part, who, turns):
         """Queries and weighted scores as operands; the new key and log-weights."""
         scratch, interpret = self.pipeline.scratch, self.pipeline.interpret
         row, head = self.pipeline.place(self.parts, t)
@@ -253,7 +270,7 @@ class Heads:
         own = keys.at[pl.ds(r * BLOCK, BLOCK)]
         mine = lax.div(_iota(0, BLOCK), KEY) == half
         put_across(own, jnp.where(mine, k, load_across(own).astype(jnp.float32)))
-        dense = scratch["dense"]
+        dense = scratch["dense"].at[pl.ds(who * _WIDE, _WIDE)]
         put_across(dense, jnp.where(lax.div(places, KEY) == lax.div(columns, BLOCK), q, 0.0))
         for pair in range(2):
             # Two images of a chunk, two chunks beside each other.
@@ -351,7 +368,9 @@ class Heads:
         place = pl.ds(row, BLOCK), pl.ds(head * UNIT, UNIT)
         plgpu.copy_smem_to_gmem(out, self.mixed.at[*place])
         full = self._slot == NUM_RECENT
-        rolled_loop(jnp.where(full, BLOCK // 2, 0), functools.partial(self._fold, part, slots), None)
+        rolled_loop(
+            jnp.where(full, BLOCK // 2, 0), functools.partial(self._fold, part, slots), None
+        )
 
         @pl.when(full)
         def _():
@@ -447,8 +466,6 @@ def _swapped(x, interpret):
         for place, register in np.ndenumerate(x.registers):
             # A row is four lanes.
             registers[place] = mgpu.utils.shfl_bfly(register, 4)
-        return mgpu.FragmentedArray(
-            _registers=registers, _layout=x.layout, _is_signed=x.is_signed
-        )
+        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=x.is_signed)
 
     return swap(x)

@@ -78,30 +78,24 @@ class Pipeline:
         block = lax.rem(tile, product.blocks) * CLUSTER + self.rank
         return block * product.rows, lax.div(tile, product.blocks)
 
-    def load_matrix(self, product: Product, matrix: jax.Ref, position, slot):
-        """All pieces of this program's tiles.
+    def load_pieces(self, blocks, tiles, of_tile, packed: jax.Ref, first, position, slot):
+        """All pieces of this program's tiles, of a matrix that begins with piece `first`.
 
         Args:
+          blocks, tiles, of_tile: `Product.shape`.
           position, slot: how many pieces have been loaded, and where the next goes.
 
         Returns:
           both for what comes next.
         """
+        num = lax.div(tiles - self.cluster + self.clusters - 1, self.clusters)
 
         def tile(t, carry):
-            _, column = self.place(product, t)
+            column = lax.div(self.cluster + t * self.clusters, blocks)
+            load = lambda k, carry: self.load_piece(packed.at[first + column * of_tile + k], *carry)
+            return rolled_loop(of_tile, load, carry)
 
-            def step(k, carry):
-                position, slot = carry
-                for unit in range(product.units):
-                    first = (column * product.units + unit) * UNIT
-                    piece = matrix.at[pl.ds(k * DEPTH, DEPTH), pl.ds(first, UNIT)]
-                    position, slot = self.load_piece(piece, position, slot)
-                return position, slot
-
-            return rolled_loop(product.steps, step, carry)
-
-        return rolled_loop(self.tiles(product), tile, (position, slot))
+        return rolled_loop(num, tile, (position, slot))
 
     def load_piece(self, piece: jax.Ref, position, slot, *, shared: bool = True):
         """One of DEPTH by UNIT numbers, for all programs of a cluster if `shared`."""

@@ -9,7 +9,7 @@ import os
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from lasad_jax.ops.kernels.choice import device, is_hopper
 from lasad_jax.ops.kernels.decode_tiling import INTAKE, L2, PRODUCTS, SHARED_MEMORY
@@ -27,7 +27,7 @@ _FEWEST_ROWS, _MULTIPLE = 16, 8  # of a tile
 _MOST_IMAGES = 512  # rows beyond which products take most of the time
 _PIECE_BYTES = DEPTH * UNIT * 2
 # Bytes for rows on their way: the fewer rows there are, the more it is matrices that must be.
-_ROWS_MEMORY, _OF_FEW, _FEW_ROWS = 96 * 1024, 64 * 1024, 128
+_ROWS_MEMORY, _OF_FEW, _FEW_ROWS = 96 * 1024, 80 * 1024, 128
 _MOST_SLOTS = 32  # barriers of one kind
 MOST_ROWS = 128  # what registers hold sums of
 _HEADS_BYTES = 84 * 1024  # for operands of heads (`layer_heads`), where else rows lie
@@ -56,6 +56,16 @@ class Product:
     def steps(self) -> int:
         """Pieces of K, the last of which may be half empty."""
         return -(-self.K // DEPTH)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Tiles of a cluster above each other, all of them, and pieces of each."""
+        return self.blocks, self.tiles, self.steps * self.units
+
+    @property
+    def pieces(self) -> int:
+        """Of the matrix, DEPTH by UNIT numbers each."""
+        return self.N // UNIT * self.units * self.steps
 
     @property
     def blocks(self) -> int:
@@ -99,6 +109,19 @@ def best_product(
         if r <= M
     ]
     return min(ways, key=lambda product: (product.cost(programs), product.rows))
+
+
+def pack(*matrices: tuple[Float[Array, "K N"], int]) -> Float[Array, "pieces DEPTH UNIT"]:
+    """Matrices, each with its units, cut into pieces as programs load them.
+
+    All pieces of a tile lie below each other, by turns from all of its units.
+    """
+    packed = []
+    for w, units in matrices:
+        w = jnp.pad(w, ((0, -len(w) % DEPTH), (0, 0)))
+        w = w.reshape(-1, DEPTH, w.shape[1] // (UNIT * units), units, UNIT)
+        packed.append(w.transpose(2, 0, 3, 1, 4).reshape(-1, DEPTH, UNIT))
+    return jnp.concatenate(packed)
 
 
 def rows_in_flight(products: tuple[Product, ...]) -> int:
