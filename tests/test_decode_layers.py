@@ -136,8 +136,8 @@ def stacked(trees):
         (2, (128, 2, 128), (8, 4), 2),  # fewer than a tile
         (21, (128, 3, 1280), (3, 4), 2),  # more inputs than shared memory holds at once
         (67, (128, 2, 128), (3, 3), 3),  # rows are no multiple of a tile; tiles taken by turns
-        (64, (128, 3, 192), (7, 5), 4),  # most programs have nothing to do
-        (136, (192, 2, 64), (9, 1), 4),  # more parts of heads than lie in memory at once
+        (64, (128, 3, 192), (7, 5), 2),  # most programs have nothing to do
+        (136, (128, 2, 64), (9, 1), 2),  # more parts of heads than lie in memory at once
     ],
 )
 def test_token_by_token(images, sizes, grid, programs):
