@@ -11,6 +11,7 @@ from PIL import Image
 
 from lasad_jax.config import Config, DataConfig
 from lasad_jax.data.images import load_images
+from lasad_jax.data.sources import folder as folder_source
 from lasad_jax.evaluation import evaluator as evaluator_module
 from lasad_jax.evaluation import real_images
 from lasad_jax.evaluation.evaluator import Evaluator, Samples
@@ -177,6 +178,32 @@ def test_a_folders_fingerprint_is_of_names_and_content(tmp_path):
     write("3.png", 3)
     prints += [RealImages(data, 3).fingerprint("train"), RealImages(data, 1).fingerprint("train")]
     assert len(set(prints)) == 4
+
+
+def test_a_folder_is_listed_once_and_not_read_whole_for_its_fingerprint(tmp_path, monkeypatch):
+    for split in ("train", "test"):
+        for i in range(70):
+            path = tmp_path / split / "cat" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(random_images(1, i, (9, 9, 3))[0]).save(path)
+    listed, read = [], []
+    list_files, decode = folder_source._scan, folder_source.decode_image
+    monkeypatch.setattr(folder_source, "_scan", lambda x: listed.append(x) or list_files(x))
+    monkeypatch.setattr(
+        folder_source,
+        "decode_image",
+        lambda *args, **how: read.append(args) or decode(*args, **how),
+    )
+    real = RealImages(
+        DataConfig(source="folder", directory=str(tmp_path), image_size=(8, 8)), channels=3
+    )
+    fingerprint = real.fingerprint("train")
+    assert len(read) == 64
+    assert real.shape("train") == (8, 8, 3)
+    everything = real.stream("train").read(0, 70)
+    np.testing.assert_array_equal(everything, real.load("train").images)
+    assert real.fingerprint("train") == fingerprint
+    assert len(listed) == 1
 
 
 def test_a_run_on_codes_is_compared_with_what_they_were_made_from(tmp_path, monkeypatch):

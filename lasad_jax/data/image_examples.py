@@ -11,7 +11,7 @@ from lasad_jax.config import AugmentConfig, DataConfig
 from lasad_jax.data.crops import fit_image, random_crop_flip, size_before_crop
 from lasad_jax.data.images import common_size, load_images
 from lasad_jax.data.loader import Batch
-from lasad_jax.data.sources import UnreadableImage, open_source
+from lasad_jax.data.sources import ImageSource, UnreadableImage, open_source
 
 _MEMORY = 8 * 2**30  # bytes
 
@@ -26,6 +26,8 @@ class ImageExamples:
       augment: random crops and flips, drawn anew every epoch as a pure function of (seed,
         epoch, row); None for the images as they are.
       progress: show a bar while reading.
+      source: the split, where it is open already.
+      memory: bytes up to which all images are read at once; None for 8 GiB.
 
     Raises:
       ValueError, FileNotFoundError: a source that is missing or damaged, or whose images
@@ -40,15 +42,20 @@ class ImageExamples:
         channels: int,
         augment: AugmentConfig | None = None,
         progress: bool = False,
+        source: ImageSource | None = None,
+        memory: int | None = None,
     ):
         self._data, self._augment, self._channels = data, augment, channels
-        self._source = open_source(data, split, channels=channels)
+        if source is None:
+            source = open_source(data, split, channels=channels)
+        self._source = source
         self._size = common_size(data, self._source)
         # Crops are cut from images that are larger by this: no crop enlarges.
         share = 1.0 if augment is None else augment.min_crop
         self._read_size = size_before_crop(self._size, share)
         self._images = None
-        if len(self._source) * math.prod(self._read_size) * channels <= _MEMORY:
+        memory = _MEMORY if memory is None else memory
+        if len(self._source) * math.prod(self._read_size) * channels <= memory:
             self._images = load_images(
                 data,
                 split,

@@ -1,6 +1,7 @@
 """The real images that generated ones are compared with: of a run, or of any source."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ from lasad_jax.config import Config, DataConfig
 from lasad_jax.data.codes import read_manifest
 from lasad_jax.data.image_examples import ImageExamples
 from lasad_jax.data.images import ImageSet, common_size, load_images
-from lasad_jax.data.sources import SPLITS, ArraySource, open_source
+from lasad_jax.data.sources import SPLITS, ArraySource, ImageSource, open_source
 from lasad_jax.data.tokens import TOKENIZER_FILE
 from lasad_jax.evaluation.fit_classifier import TrainedClassifier, fit_or_load
 from lasad_jax.interop.tokenizer_files import load_tokenizer
@@ -26,7 +27,7 @@ _CHUNK = 16
 
 @dataclasses.dataclass(frozen=True)
 class RealImages:
-    """A source of images as a generator saw them.
+    """A source of images as a generator saw them, looked for once.
 
     Attributes:
       data: source, size and fit; never "codes".
@@ -52,11 +53,11 @@ class RealImages:
 
     def load(self, split: str) -> ImageSet:
         """All images and labels of a split, in memory."""
-        return load_images(self.data, split, channels=self.channels)
+        return load_images(self.data, split, channels=self.channels, source=self._open(split))
 
     def stream(self, split: str) -> "SplitImages":
         """The images of a split as features are taken of them."""
-        return SplitImages(ImageExamples(self.data, split, channels=self.channels))
+        return self._stream(split)
 
     def fingerprint(self, split: str) -> str:
         """16 hex digits that tell apart what `stream` gives.
@@ -72,7 +73,8 @@ class RealImages:
             digest.update(np.ascontiguousarray(source.images))
         else:
             digest.update(json.dumps([source.name(i) for i in range(len(source))]).encode())
-            stream = self.stream(split)
+            # One by one from their files: to read all for a few of them would take minutes.
+            stream = self._stream(split, memory=0)
             for i in np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int):
                 digest.update(np.ascontiguousarray(stream.read(int(i), int(i) + 1)))
         return digest.hexdigest()[:16]
@@ -86,8 +88,18 @@ class RealImages:
         images = (self.load(split) for split in SPLITS)
         return fit_or_load(path, *images, name=self.name, progress=progress)
 
-    def _open(self, split: str):
-        return open_source(self.data, split, channels=self.channels)
+    def _stream(self, split: str, **options) -> "SplitImages":
+        options |= {"channels": self.channels, "source": self._open(split)}
+        return SplitImages(ImageExamples(self.data, split, **options))
+
+    def _open(self, split: str) -> ImageSource:
+        if split not in self._opened:
+            self._opened[split] = open_source(self.data, split, channels=self.channels)
+        return self._opened[split]
+
+    @functools.cached_property
+    def _opened(self) -> dict[str, ImageSource]:
+        return {}
 
 
 class SplitImages:

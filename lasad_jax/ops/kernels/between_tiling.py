@@ -9,7 +9,7 @@ import os
 
 import jax
 
-from lasad_jax.ops.kernels.choice import device, is_hopper
+from lasad_jax.ops.kernels.choice import hopper_obstacle
 from lasad_jax.ops.kernels.decode_tiling import INTAKE, L2, PRODUCTS, SHARED_MEMORY
 
 UNIT = 64  # columns of a piece of a matrix
@@ -126,11 +126,8 @@ def obstacle(num_images: int | None, D: int, inputs_and_outputs: tuple[int, ...]
       num_images: rows; None for as many as suit.
       inputs_and_outputs: other sizes that matrices of the layer have.
     """
-    where = device()
-    if jax.__version_info__ < (0, 11):
-        return f"it needs jax 0.11 or later, not {jax.__version__}"
-    if where.platform not in ("gpu", "cuda") or not is_hopper(where):
-        return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
+    if why := hopper_obstacle():
+        return why
     if num_programs() not in _MULTIPROCESSORS:
         return f"it takes one of {_MULTIPROCESSORS} multiprocessors, not {num_programs()}"
     if _shares_its_gpu():

@@ -61,8 +61,14 @@ def num_devices(axes: Axes) -> int:
     return math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in names)
 
 
-def is_hopper(where: Device) -> bool:
-    return _HOPPER.search(where.kind) is not None
+def hopper_obstacle() -> str | None:
+    """Why Mosaic GPU kernels for Hopper cannot run on this device; None if they can."""
+    where = device()
+    if jax.__version_info__ < (0, 11):
+        return f"it needs jax 0.11 or later, not {jax.__version__}"
+    if not (where.is_gpu and _HOPPER.search(where.kind)):
+        return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
+    return None
 
 
 def choose(q: Array, v: Array, decay: Decay, num_prefix: int) -> str | None:
@@ -96,15 +102,10 @@ def obstacle(
         return f"it takes Dk and Dv of {_WIDTHS}, not {key_dim} and {value_dim}"
     if name != "mosaic_gpu":
         return None
-    return _obstacle_on_hopper(where, q, v, exact, num_prefix)
-
-
-def _jax_version() -> tuple[int, ...]:
-    return tuple(int(x) for x in jax.__version__.split(".")[:2])
+    return _obstacle_on_hopper(q, v, exact, num_prefix)
 
 
 def _obstacle_on_hopper(
-    where: Device,
     q: Array | jax.ShapeDtypeStruct,
     v: Array | jax.ShapeDtypeStruct,
     exact: bool,
@@ -112,10 +113,8 @@ def _obstacle_on_hopper(
 ) -> str | None:
     if exact:
         return "it has no 2D decay; use 'triton'"
-    if _jax_version() < (0, 11):
-        return f"it needs jax 0.11 or later, not {jax.__version__}"
-    if not is_hopper(where):
-        return f"it needs a Hopper GPU (H100, H200), not {where.kind}"
+    if why := hopper_obstacle():
+        return why
     if q.dtype != jnp.bfloat16 or (q.shape[3], v.shape[3]) != (64, 64):
         return f"it takes bfloat16 of Dk = Dv = 64, not {q.dtype} of {q.shape[3]}, {v.shape[3]}"
     if num_prefix > 1:
@@ -167,10 +166,8 @@ def mixes_heads(
       decay: only its family counts.
       devices: that images and heads are split over.
     """
-    where = device()
     batch, num_tokens, heads, _ = y.shape
-    able = where.is_gpu and is_hopper(where) and _jax_version() >= (0, 11)
-    if not able or isinstance(decay, ManhattanDecay):
+    if hopper_obstacle() or isinstance(decay, ManhattanDecay):
         return False
     fits = y.dtype == jnp.bfloat16 and widths == (32, 64)
     fits = fits and num_tokens % 8 == 0 and num_tokens >= 64
@@ -184,8 +181,7 @@ def fuses_swiglu(rows: int, D: int, F: int, dtype: jnp.dtype) -> bool:
       rows, D, F: tokens, channels and hidden channels of one device.
       dtype: of the matrices.
     """
-    where = device()
-    able = where.is_gpu and is_hopper(where) and _jax_version() >= (0, 11)
+    able = hopper_obstacle() is None
     fits = dtype == jnp.bfloat16 and D % 64 == F % 64 == 0 and min(D, F) >= 128
     return able and fits and rows >= _FEWEST_ROWS and rows % 8 == 0
 

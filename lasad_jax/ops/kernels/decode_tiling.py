@@ -8,11 +8,10 @@ import functools
 import itertools
 import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from lasad_jax.ops.kernels.choice import device, is_hopper
+from lasad_jax.ops.kernels.choice import hopper_obstacle
 
 ROWS = 64  # of a warpgroup
 PAIR = 32  # columns of gate, then as many of up: `interleave`
@@ -177,11 +176,8 @@ def obstacle(x, w, residual=None, *, gated=False) -> str | None:
 
     Only shapes, dtypes and the device matter: x, w, residual may be `jax.ShapeDtypeStruct`.
     """
-    where = device()
-    if jax.__version_info__ < (0, 11):
-        return f"it needs jax 0.11 or later, not {jax.__version__}"
-    if where.platform not in ("gpu", "cuda") or not is_hopper(where):
-        return f"it needs a Hopper GPU (H100, H200), not {where.kind} ({where.platform})"
+    if why := hopper_obstacle():
+        return why
     return argument_obstacle(x, w, residual, gated)
 
 
