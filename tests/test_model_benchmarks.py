@@ -25,6 +25,7 @@ from lasad_jax.benchmarks import (
     sample_rows,
     sampling,
     tables,
+    traces,
     train_rows,
     training,
 )
@@ -67,13 +68,24 @@ def run_main(parse, capsys):
     return run
 
 
+@pytest.fixture
+def traced(monkeypatch):
+    """Calls are made once each, and their traces tell of one kernel of a second in ten calls."""
+
+    def trace_calls(function, input_sets):
+        jax.block_until_ready([function(*inputs) for inputs in input_sets])
+        return [traces.Kernels(["gemm"], np.array([(0, 1e9)]))], 10
+
+    monkeypatch.setattr(traces, "trace_calls", trace_calls)
+
+
 def step_of(config, *make_step):
     return train_rows.lower_step(config, *make_step).compile()
 
 
-def test_training_table_and_files(run_main, tmp_path, monkeypatch):
+def test_training_table_and_files(run_main, tmp_path, monkeypatch, traced):
     monkeypatch.setitem(llamagen.TRAINING, ("tiny", 6, 2), llamagen.Figure(1000.0, 5e9))
-    printed = run_main(training, *TRAINING, f"--out={tmp_path}")
+    printed = run_main(training, *TRAINING, "--kernels", f"--out={tmp_path}")
     found = json.loads((tmp_path / "training.json").read_text())
     assert [(row["case"], row["mixer"]) for row in found["rows"]] == [
         ("tiny:2x2x3", "softmax"),
@@ -106,6 +118,10 @@ def test_training_table_and_files(run_main, tmp_path, monkeypatch):
     assert shown["GB allocated"] == "-"  # a CPU does not say
     with Image.open(tmp_path / "training.png") as picture:
         assert picture.size[0] > 500
+    assert [(row["case"], row["mixer"]) for row in found["kernels"]] == [
+        (row["case"], row["mixer"]) for row in found["rows"]
+    ]
+    assert all(row["kernels"][0]["seconds"] == 0.1 for row in found["kernels"])
 
 
 def test_average_of_parameters_takes_memory(parse):
@@ -194,10 +210,10 @@ def test_loop_that_waits_for_batches_says_so(parse, monkeypatch):
     assert row["seconds_on_device"] < row["seconds"]
 
 
-def test_sampling_table_and_files(run_main, tmp_path, monkeypatch):
+def test_sampling_table_and_files(run_main, tmp_path, monkeypatch, traced):
     monkeypatch.setitem(llamagen.SAMPLING, ("tiny", 6, 2), llamagen.Figure(1000.0, 5e9))
     monkeypatch.setattr(sampling, "_LENGTHS", 2)
-    printed = run_main(sampling, *SAMPLING, f"--out={tmp_path}")
+    printed = run_main(sampling, *SAMPLING, "--kernels", f"--out={tmp_path}")
     found = json.loads((tmp_path / "sampling.json").read_text())
     assert [row["case"] for row in found["rows"]] == ["tiny:2x2x3"] * 2 + ["tiny:1x3x5"] * 2
     speed = max(found["copy_bytes_per_second"].values())
@@ -222,6 +238,9 @@ def test_sampling_table_and_files(run_main, tmp_path, monkeypatch):
     assert printed.count("\n| softmax") == printed.count("\n| lasad") == 1
     with Image.open(tmp_path / "sampling.png") as picture:
         assert picture.size[0] > 500
+    # Of a token, not of an image.
+    times = [row["kernels"][0]["seconds"] for row in found["kernels"]]
+    assert times == pytest.approx([0.1 / 6] * 2 + [0.1 / 15] * 2)
 
 
 def test_time_along_the_sequence_is_that_of_each_place(parse, monkeypatch):

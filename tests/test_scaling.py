@@ -1,4 +1,4 @@
-"""The benchmark of several devices: rows on eight simulated ones, traces, what is left out."""
+"""The benchmark of several devices: rows on eight simulated ones, and what is left out."""
 
 import json
 import types
@@ -82,7 +82,9 @@ def test_rows_of_eight_devices(tmp_path, capsys, monkeypatch):
         assert row["efficiency"] == pytest.approx(alone["seconds"] / row["seconds"])
         assert row["flops"] == counts.step_flops(model, 6 * images)
         assert row["compiling"] == 0
-        assert not {"exposed", "utilization", "skipped"} & set(row)  # a CPU tells of neither
+        assert not {"exposed", "compute_seconds", "utilization", "skipped"} & set(
+            row
+        )  # a CPU tells of neither
     # Parameters and AdamW's moments of a device: all of them, or an eighth.
     assert alone["memory_bytes"] - split["memory_bytes"] > 0.7 * 12 * alone["parameters"]
 
@@ -253,73 +255,14 @@ def test_compilation_keeps_what_failed_and_takes_flags():
     assert "xla_no_such_flag" in str(programs.result("wrong"))
 
 
-def kernels(name, *spans):
-    """A line of a trace, in its text form: kernels and their spans in nanoseconds."""
-    names = {"nccl": 1, "gemm": 2}
-    events = "".join(
-        f"events {{ metadata_id: {names[kernel]} offset_ps: {1000 * start} "
-        f"duration_ps: {1000 * (end - start)} }}"
-        for kernel, start, end in spans
+def test_what_a_trace_tells_stands_in_the_row(monkeypatch):
+    gemm, nccl = "nvjet_gemm", "ncclDevKernel_AllReduce"
+    spans = np.array([(0, 6e8), (5e8, 8e8)])
+    found = [traces.Kernels([gemm, nccl], spans)] * 2
+    monkeypatch.setattr(traces, "trace_calls", lambda function, input_sets: (found, 4))
+    row = mesh_rows._traced(None, [])
+    kernels = row.pop("kernels")
+    assert row == pytest.approx(
+        {"traced_seconds": 0.2, "compute_seconds": 0.15, "collectives": 0.375, "exposed": 0.25}
     )
-    return f'lines {{ name: "{name}" timestamp_ns: 100 {events} }}'
-
-
-def plane(name, *lines):
-    names = {1: "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(args)", 2: "nvjet_gemm_fusion"}
-    data = "".join(
-        f'event_metadata {{ key: {i} value {{ id: {i} name: "{x}" }} }}' for i, x in names.items()
-    )
-    return f'planes {{ name: "{name}" {"".join(lines)} {data} }}'
-
-
-def read(text):
-    data = jax.profiler.ProfileData
-    return traces.read_shares(
-        data.from_serialized_xspace(data.text_proto_to_serialized_xspace(text))
-    )
-
-
-def test_shares_of_a_trace_by_hand():
-    first = plane(
-        "/device:GPU:0",
-        kernels("Stream #7(Compute)", ("gemm", 0, 40), ("gemm", 50, 60)),
-        kernels("Stream #9(NcclAllReduce)", ("nccl", 30, 45), ("nccl", 55, 100)),
-        kernels("XLA Modules", ("gemm", 0, 500)),
-    )
-    shares = read(first)
-    assert shares.seconds == pytest.approx(100e-9)
-    assert shares.collectives == pytest.approx(0.60)
-    assert shares.exposed == pytest.approx(0.45)  # 40 to 45 and 60 to 100
-    second = plane("/device:GPU:1", kernels("Stream #7(Compute)", ("gemm", 0, 200)))
-    host = plane("/host:CPU", kernels("Stream #7", ("nccl", 0, 1000)))
-    both = read(first + second + host)
-    assert both.seconds == pytest.approx(150e-9)
-    assert both.exposed == pytest.approx(0.45 / 2)
-    assert read(host) is None
-
-
-def test_covered_is_the_length_of_the_union():
-    rng = np.random.default_rng()
-    for count in (0, 1, 7, 40):
-        spans = np.sort(rng.integers(0, 200, (count, 2)), axis=1)
-        cells = {cell for start, end in spans for cell in range(start, end)}
-        assert traces.covered(spans.astype(np.float64)) == len(cells)
-
-
-def test_a_cpu_is_traced_without_shares():
-    ran = []
-    assert traces.trace_shares(lambda: ran.append(jnp.ones(3).sum().block_until_ready())) is None
-    assert len(ran) == 1
-
-
-def test_shares_stand_in_the_row(monkeypatch):
-    ran = []
-
-    def shares(run):
-        run()
-        return traces.Shares(seconds=0.3, collectives=0.2, exposed=0.1)
-
-    monkeypatch.setattr(traces, "trace_shares", shares)
-    found = mesh_rows._shares(lambda batch: ran.append(batch) or jnp.zeros(()), [("a",), ("b",)])
-    assert ran == ["a", "b", "a"]
-    assert found == {"traced_seconds": pytest.approx(0.1), "collectives": 0.2, "exposed": 0.1}
+    assert [k["kernel"] for k in kernels] == [gemm, nccl, "none"]

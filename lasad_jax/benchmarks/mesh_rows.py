@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import itertools
 import statistics
 from collections.abc import Callable
 
@@ -18,7 +17,6 @@ from lasad_jax.benchmarks.train_rows import Trainer
 from lasad_jax.models import count_parameters, counts
 from lasad_jax.training.goodput import peak_flops
 
-_TRACED_STEPS = 3
 # So far from 0 the steps of a run see keys of dropout that no other sees.
 _OTHER_DROPOUT = 1_000_000
 
@@ -57,8 +55,7 @@ def time_row(run: Run, programs: Compilation, how: dict) -> dict:
         row["compiling"] = programs.unfinished
         batches = [(trainer.batch(seed),) for seed in range(NUM_SETS)]
         runs = seconds_per_call(trainer, batches, **how)
-        if run.devices > 1:
-            row |= _shares(trainer, batches)
+        row |= _traced(trainer, batches)
     except Exception as error:  # a step that does not fit says so; the others go on
         return row | {"skipped": one_line(error)}
     step_seconds = statistics.median(runs)
@@ -75,21 +72,21 @@ def time_row(run: Run, programs: Compilation, how: dict) -> dict:
     return row
 
 
-def _shares(trainer: Trainer, batches: list[tuple]) -> dict[str, float]:
-    def steps():
-        turns = itertools.islice(itertools.cycle(batches), _TRACED_STEPS)
-        jax.block_until_ready([trainer(*batch) for batch in turns])
-
+def _traced(trainer: Trainer, batches: list[tuple]) -> dict:
+    """What a trace of steps tells, if anything: times are those of one step."""
     try:
-        shares = traces.trace_shares(steps)
+        devices, steps = traces.trace_calls(trainer, batches)
     except Exception as error:  # the row stands without
         return {"untraced": one_line(error)}
-    if shares is None:
+    if not devices:
         return {}
+    shares = traces.shares(devices)
     return {
-        "traced_seconds": shares.seconds / _TRACED_STEPS,
+        "traced_seconds": shares.seconds / steps,
+        "compute_seconds": shares.compute * shares.seconds / steps,
         "collectives": shares.collectives,
         "exposed": shares.exposed,
+        "kernels": traces.by_name(devices[0], steps),
     }
 
 

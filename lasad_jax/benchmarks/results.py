@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -10,6 +10,7 @@ from absl import flags
 
 import lasad_jax
 from lasad_jax.benchmarks.limits import copy_bytes_per_second
+from lasad_jax.benchmarks.tables import one_line
 from lasad_jax.files import whole_file
 
 OUT = flags.DEFINE_string("out", None, "Folder for the numbers (JSON) and the plots (PNG).")
@@ -19,6 +20,14 @@ REPEATS = flags.DEFINE_integer(
 _COPY = flags.DEFINE_integer("copy_megabytes", None, "Size of the copy; by device if unset.", 1)
 _REPEATS_ON_CPU = 3
 _COPY_ON = {"cpu": 64, "accelerator": 2048}
+
+
+def or_skip(what: str, part: Callable, *arguments) -> None:
+    """Runs a part; one that fails leaves a line, and the others go on."""
+    try:
+        part(*arguments)
+    except Exception as error:
+        print(f"\nskipped: {what}: {one_line(error)}", flush=True)
 
 
 def on_cpu() -> bool:

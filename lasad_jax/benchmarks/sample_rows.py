@@ -26,16 +26,17 @@ def _make_weights(config: ModelConfig) -> Weights:
     return decoding.prepare(config, unbox(init_parameters(config, jax.random.key(0))))
 
 
-def _make_inputs(case: GeneratorCase, config: ModelConfig) -> tuple[jax.Array, jax.Array]:
+def drawing_inputs(case: GeneratorCase, mixer: str) -> tuple[Weights, jax.Array, jax.Array]:
+    """What a drawing takes: random weights, labels and keys."""
+    config = case.model(mixer)
     labels = jnp.arange(case.batch) % config.num_classes
-    return labels, jax.random.split(jax.random.key(1), case.batch)
+    return _make_weights(config), labels, jax.random.split(jax.random.key(1), case.batch)
 
 
 def lower_drawing(case: GeneratorCase, mixer: str) -> jax.stages.Lowered:
     """Traces the drawing of a batch; nothing is allocated."""
-    config = case.model(mixer)
-    shapes = jax.eval_shape(lambda: (_make_weights(config), *_make_inputs(case, config)))
-    return jax.jit(functools.partial(decoding.draw_images, config)).lower(*shapes)
+    shapes = jax.eval_shape(lambda: drawing_inputs(case, mixer))
+    return jax.jit(functools.partial(decoding.draw_images, case.model(mixer))).lower(*shapes)
 
 
 def time_row(
@@ -69,9 +70,8 @@ def time_row(
     allocator = AllocatorPeak()
     try:
         draw = compiled(draw)
-        weights = _make_weights(config)
         # One set of inputs: what thousands of tokens leave in a cache helps no next image.
-        runs = seconds_per_call(draw, [(weights, *_make_inputs(case, config))], **how)
+        runs = seconds_per_call(draw, [drawing_inputs(case, mixer)], **how)
     except Exception as error:  # what does not fit says so; the others go on
         return row | {"skipped": one_line(error)}
     seconds = statistics.median(runs)

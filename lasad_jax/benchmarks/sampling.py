@@ -8,6 +8,7 @@ measured first, and against what LlamaGen takes where that was measured. A secon
 the time of a token along the sequence, a third the memory over its length. docs/speed.md says
 how to read them.
 
+    --kernels         also: where the time of a token goes, by kernel (on a GPU)
     --agreement=2048  also: so many codes drawn after each image, by the plain path and fast
     --decoder=mosaic  by another form of the decoder, for LASAD alone (--mixers=lasad)
 """
@@ -22,12 +23,13 @@ from lasad_jax.benchmarks import (
     agreement,
     decoding,
     generators,
+    kernel_rows,
     llamagen,
     plots,
     results,
     sample_rows,
 )
-from lasad_jax.benchmarks.compiling import compile_all
+from lasad_jax.benchmarks.compiling import compile_all, compiled
 from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.tables import (
     Column,
@@ -46,7 +48,7 @@ _ALONG = flags.DEFINE_string(
 _AGREEMENT = flags.DEFINE_integer(
     "agreement", 0, "Codes to draw after each image of the first case, by both paths.", 0
 )
-for module in (results, generators, decoding):
+for module in (results, generators, decoding, kernel_rows):
     flags.adopt_module_key_flags(module)
 
 # First whole batches, then the latency of one image.
@@ -145,6 +147,8 @@ def main() -> None:
                 row |= generators.over_softmax(row, baseline)
             found.add("rows", row)
             print(row_line(row, COLUMNS), flush=True)
+    for case, mixer in itertools.product(cases, mixers) if kernel_rows.KERNELS.value else ():
+        results.or_skip("kernels", _kernels, found, case, mixer, programs[case, mixer])
     if along:
         _print_along(found, along, mixers, programs)
     if _AGREEMENT.value:
@@ -153,6 +157,13 @@ def main() -> None:
         row = agreement.agreement_row(cases[0], mixer, _AGREEMENT.value)
         found.add("agreement", row)
         print(row_line(row, AGREEMENT_COLUMNS), flush=True)
+
+
+def _kernels(found: results.Results, case: GeneratorCase, mixer: str, draw) -> None:
+    """Prints what each kernel takes of a token, whatever is done once for an image in it."""
+    draw, inputs = compiled(draw), sample_rows.drawing_inputs(case, mixer)
+    row = {"case": str(case), "mixer": mixer}
+    kernel_rows.print_kernels(found, row, draw, [inputs], parts=case.tokens)
 
 
 def _segment(case: GeneratorCase) -> int:

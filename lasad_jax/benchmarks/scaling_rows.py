@@ -28,6 +28,7 @@ TABLES = {
         column("efficiency", "efficiency", percent),
         column("MFU", "utilization", percent),
         column("GB", "memory_bytes", gigabytes),
+        column("compute", "compute_seconds", milliseconds),
         column("collectives", "collectives", percent),
         column("exposed", "exposed", percent),
     ),

@@ -7,18 +7,26 @@ clipping, dropout, bf16, the state donated) on random codes, its FLOPs against t
 matrix product in the same run, its memory, and what LlamaGen takes where that was measured. A
 second table shows the cost of a token as images grow. docs/speed.md says how to read them.
 
+    --kernels          also: where the time of each step goes, by kernel (on a GPU)
     --loader           also: how long the loop waits for stored codes
     --plain_steps=200  also: losses against those of the plain path
 """
 
 import functools
 import itertools
-from collections.abc import Callable
 
 from absl import flags
 
 from lasad_jax import command
-from lasad_jax.benchmarks import generators, llamagen, plain, plots, results, train_rows
+from lasad_jax.benchmarks import (
+    generators,
+    kernel_rows,
+    llamagen,
+    plain,
+    plots,
+    results,
+    train_rows,
+)
 from lasad_jax.benchmarks.compiling import compile_all, compiled
 from lasad_jax.benchmarks.generators import GeneratorCase
 from lasad_jax.benchmarks.limits import product_flops_per_second
@@ -29,11 +37,11 @@ from lasad_jax.benchmarks.tables import (
     gigabytes,
     head,
     milliseconds,
-    one_line,
     percent,
     ratio,
     row_line,
 )
+from lasad_jax.benchmarks.timing import NUM_SETS
 
 _SCALING = flags.DEFINE_list("scaling", None, "Cases of the second table; by device if unset.")
 _EMA = flags.DEFINE_bool("ema", False, "Keep an average of the parameters, as runs do.")
@@ -41,7 +49,7 @@ _LOADER = flags.DEFINE_bool("loader", False, "Time the loop on stored codes, wit
 _PLAIN_STEPS = flags.DEFINE_integer(
     "plain_steps", 0, "Steps of the first case to compare with the plain path.", 0
 )
-for module in (results, generators):
+for module in (results, generators, kernel_rows):
     flags.adopt_module_key_flags(module)
 
 # A larger case comes later: the allocator's peak is of the whole process, and only then known.
@@ -138,19 +146,23 @@ def main() -> None:
             if file:
                 plots.draw_scaling(found["scaling"], found["device"], file)
 
+    for case, mixer in itertools.product(cases, mixers) if kernel_rows.KERNELS.value else ():
+        step = steps[case, mixer]
+        results.or_skip("kernels", _kernels, found, case, config_of(case, mixer), step)
     for mixer in mixers if _LOADER.value else ():
         config, step = config_of(cases[0], mixer), steps[cases[0], mixer]
-        _or_skip("loop on stored codes", _loader, found, cases[0], config, step, sizes["loader"])
+        of_first = cases[0], config, step, sizes["loader"]
+        results.or_skip("loop on stored codes", _loader, found, *of_first)
     for mixer in mixers if _PLAIN_STEPS.value else ():
-        _or_skip("curves", _curves, found, cases[0], mixer, steps)
+        results.or_skip("curves", _curves, found, cases[0], mixer, steps)
 
 
-def _or_skip(what: str, part: Callable, *arguments) -> None:
-    """Runs a part; one that fails leaves a line, and the others go on."""
-    try:
-        part(*arguments)
-    except Exception as error:
-        print(f"\nskipped: {what}: {one_line(error)}")
+def _kernels(found: results.Results, case: GeneratorCase, config, step) -> None:
+    """Prints what each kernel takes of a step."""
+    trainer = train_rows.Trainer(config, compiled(step))
+    batches = [(trainer.batch(seed),) for seed in range(NUM_SETS)]
+    row = {"case": str(case), "mixer": config.model.mixer}
+    kernel_rows.print_kernels(found, row, trainer, batches)
 
 
 def _loader(found: results.Results, case: GeneratorCase, config, step, sizes: dict) -> None:
