@@ -154,7 +154,7 @@ def as_on_hopper(monkeypatch):
 
     monkeypatch.setattr(module, "kernels", lambda: tuple(map(watched, fake_kernels())))
     monkeypatch.setattr(choice, "device", lambda: choice.Device("gpu", "NVIDIA H200"))
-    monkeypatch.setattr(choice, "_jax_version", lambda: (0, 11))
+    monkeypatch.setattr(choice, "hopper_obstacle", lambda: None)
     monkeypatch.setattr(choice, "_FEWEST_ROWS", 8)
     return seen
 

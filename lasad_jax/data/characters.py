@@ -74,10 +74,13 @@ def characters_in_font(path: Path, index: int = 0, *, among: Sequence[int] = HAN
     """The code points, of those in `among` and in their order, that a font has.
 
     Raises:
-      ValueError: a file that is no font, or a collection without that index.
+      ValueError: a file that is no font, or that has no face of that index.
     """
     try:
         with TTFont(path, fontNumber=index, lazy=True) as font:
+            # fontTools asks collections alone whether they have the face.
+            if index >= (faces := getattr(font.reader, "numFonts", 1)):
+                raise TTLibError(f"of {faces} in the file, counted from 0")
             known = font.getBestCmap() or {}
     except TTLibError as error:
         raise ValueError(f"fonts: {path}, face {index}, cannot be read ({error})") from error
