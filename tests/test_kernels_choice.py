@@ -107,6 +107,7 @@ def test_refusals_of_hopper_kernels_say_why(device, changes, reason):
 
 def test_old_jax_has_no_hopper_kernels(monkeypatch):
     monkeypatch.setattr(jax, "__version__", "0.10.2")
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     with on("H200"):
         assert choice.choose(**arguments()) == "triton"
         with pytest.raises(ValueError, match=r"needs jax 0\.11 or later, not 0\.10\.2"):
