@@ -62,7 +62,7 @@ class Arrivals:
                 )
             fence = "fence.mbarrier_init.release.cluster;"
             mgpu.utils.inline_ptx(fence, has_side_effects=True)
-            mgpu.utils.warpgroup_barrier()
+            mgpu.utils.inline_ptx("bar.sync 0;", has_side_effects=True)
 
         initialize(self.barriers)
 

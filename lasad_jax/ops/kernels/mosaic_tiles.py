@@ -240,10 +240,11 @@ def _prefix(buffers):
 # The launch
 
 
-def launch(kernel, inputs, out_type, scratch, grid, interpret, *, name):
-    """One program of one warpgroup for each (batch, head[, segment]); profilers show `name`.
+def launch(kernel, inputs, out_type, scratch, grid, interpret, *, name, warpgroups=1):
+    """One program for each place of a grid along "b", "h" and "z"; profilers show `name`.
 
     kernel: called with dictionaries of inputs, outputs and scratch memory.
+    warpgroups: of a program, along "wg" if there are several.
     """
     names = [list(x) for x in (inputs, out_type, scratch)]
 
@@ -263,6 +264,7 @@ def launch(kernel, inputs, out_type, scratch, grid, interpret, *, name):
             unsafe_no_auto_barriers=True,
             reduction_scratch_bytes=4 * 4 * DIM,
         ),
+        **({"num_threads": warpgroups, "thread_name": "wg"} if warpgroups > 1 else {}),
         **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
     )(*inputs.values())
     return dict(zip(out_type, out, strict=True))
