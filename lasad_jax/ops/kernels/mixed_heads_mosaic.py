@@ -24,6 +24,7 @@ from lasad_jax.ops.kernels.mosaic_columns import Arrivals, tiles
 
 __all__ = ["backward", "forward"]
 
+_HEADS = 4  # of a program, one for each warpgroup: 128 registers of a thread
 _STAGES = 2
 
 
@@ -55,7 +56,7 @@ def forward(
       interpret: run on any platform, slowly.
     """
     batch, num_tokens, heads, _ = y.shape
-    chunks = pl.cdiv(num_tokens, mg.CHUNK)
+    chunks, total = pl.cdiv(num_tokens, mg.CHUNK), batch * heads
     tokens = jax.ShapeDtypeStruct((batch, num_tokens, heads, mh.VALUE_DIM), y.dtype)
     out_type = {"h": tokens}
     if keep_states:
@@ -67,12 +68,28 @@ def forward(
     scale, t = math.log2(q_scale), mg.transposed
 
     def kernel(inputs, outputs, scratch):
-        at, head = lax.axis_index("b"), lax.axis_index("h")
+        own = lax.axis_index("wg")
+        number = _HEADS * lax.axis_index("b") + own
+        tokens, gates = (Arrivals(scratch[x], interpret) for x in ("tokens", "gates"))
+        tokens.start(copies=3)
+        gates.start(copies=1)
+
+        @pl.when(own == 0)
+        def _():
+            mg.fill_mask(scratch["mask"], 0)
+            plgpu.barrier_arrive(scratch["masked"])
+
+        plgpu.barrier_wait(scratch["masked"])
+        walk = functools.partial(one_head, inputs, outputs, scratch, tokens, gates, own, number)
+        pl.when(number < total)(walk)
+
+    def one_head(inputs, outputs, scratch, tokens, gates, own, number):
+        at, head = lax.div(number, heads), lax.rem(number, heads)
         y, table = inputs["y"], inputs.get("table")
-        mask_tile, prefix_tile, decayed_tile = (scratch[x] for x in ("mask", "prefix", "decayed"))
-        b = scratch["b"]
-        arrivals = Arrivals(scratch["arrivals"], interpret)
-        slots = [scratch[name] for name in ("q", "k", "v", "out_gate")]
+        mask_tile = scratch["mask"]
+        names = "prefix", "decayed", "out_gate", "b"
+        prefix_tile, decayed_tile, gate_tile, b = (scratch[x].at[own] for x in names)
+        slots = [scratch[name].at[own] for name in ("q", "k", "v")]
 
         def load_decays(c):
             b[...] = md.log_decays(inputs, at, head, c, interpret)
@@ -80,17 +97,21 @@ def forward(
 
         def fetch(c):
             slot = lax.rem(c, _STAGES)
-            for column, tile in zip((mh.Q, mh.K, mh.V, mh.OUT_GATE), slots, strict=True):
-                arrivals.fetch(y, at, c * mg.CHUNK, head, column, tile.at[slot], slot)
+            for column, tile in zip((mh.Q, mh.K, mh.V), slots, strict=True):
+                stage = own * _STAGES + slot
+                tokens.fetch(y, at, c * mg.CHUNK, head, column, tile.at[slot], stage)
+
+        def fetch_gate(c):
+            gates.fetch(y, at, c * mg.CHUNK, head, mh.OUT_GATE, gate_tile, own)
 
         def step(c, state):
             rows = pl.ds(c * mg.CHUNK, mg.CHUNK)
             slot, place = lax.rem(c, _STAGES), lax.rem(c, md.CHUNKS)
             if chunks > md.CHUNKS:
                 pl.when((c > 0) & (place == 0))(lambda: load_decays(c))
-            q_tile, k_tile, v_tile, gate_tile = (x.at[slot] for x in slots)
+            q_tile, k_tile, v_tile = (x.at[slot] for x in slots)
             turn = turns(table, rows)
-            arrivals.wait(slot, lax.div(c, _STAGES))
+            tokens.wait(own * _STAGES + slot, lax.div(c, _STAGES))
             decays = mg.Decays.load(b.at[place], base=2)
             keys = mg.without_prefix(decays.row, mg.ROW, c, 1)
             queries = decays.row + scale  # not themselves scaled, but what they meet
@@ -101,8 +122,15 @@ def forward(
             k_tile[...] = mh.narrow(k)
             to_end = mg.by_row(jnp.exp2(decays.whole - keys), mh.KEY_DIM)
             decayed_tile[...] = mh.narrow(k * to_end)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             q_tile[...] = mh.narrow(state)  # the queries are in registers
             plgpu.commit_smem()
+
+            @pl.when(c > 0)
+            def _():
+                fetch_gate(c)
+                later = c + _STAGES - 1
+                pl.when(later < chunks)(lambda: fetch(later))
 
             def weigh():
                 keys = mg.without_prefix(decays.column, mg.COLUMN, c, 1)
@@ -115,9 +143,7 @@ def forward(
             scores = mg.masked(scores, weights, mask_tile)
 
             def meanwhile():
-                plgpu.wait_smem_to_gmem(1 if keep_states else 0, wait_read_only=True)
-                later = c + _STAGES - 1
-                pl.when((c > 0) & (later < chunks))(lambda: fetch(later))
+                gates.wait(own, c)
                 return mh.silu(load(gate_tile))
 
             (out, state), gate = multiply(
@@ -139,10 +165,9 @@ def forward(
                 plgpu.copy_smem_to_gmem(tile, outputs[name].at[at, rows, head])
             return state
 
-        arrivals.start(copies=len(slots))
         for c in range(min(_STAGES, chunks)):
             fetch(jnp.int32(c))
-        mg.fill_mask(mask_tile, 0)
+        fetch_gate(jnp.int32(0))
         load_decays(0)
         product = mh.Prefix.load(y, table, at, head, interpret).product()
         prefix_tile[...] = mh.narrow(product * q_scale)
@@ -152,18 +177,22 @@ def forward(
 
     inputs = {"y": y, "steps": steps, "bias": bias, "table": table}
     inputs = {name: x for name, x in inputs.items() if x is not None}
-    narrow, broad = (functools.partial(tiles, width=x) for x in (mh.KEY_DIM, mh.VALUE_DIM))
+    narrow = functools.partial(tiles, _HEADS, width=mh.KEY_DIM)
+    broad = functools.partial(tiles, _HEADS, width=mh.VALUE_DIM)
     scratch = {
         "q": narrow(_STAGES),
         "k": narrow(_STAGES),
         "v": broad(_STAGES),
-        "out_gate": broad(_STAGES),
-        "b": md.scratch(),
-        "arrivals": Arrivals.scratch(4, _STAGES, interpret),
-        "mask": broad(),
+        "out_gate": broad(),
+        "b": plgpu.SMEM((_HEADS, *md.SHAPE), jnp.float32),
+        "tokens": Arrivals.scratch(3, _HEADS * _STAGES, interpret),
+        "gates": Arrivals.scratch(1, _HEADS, interpret),
+        "mask": tiles(width=mh.VALUE_DIM),
+        "masked": plgpu.Barrier(),
         "prefix": narrow(),
         "decayed": narrow(),
     }
-    grid = (batch, heads)
-    out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="mixed_heads_forward")
+    grid = (pl.cdiv(total, _HEADS),)
+    how = {"name": "mixed_heads_forward", "warpgroups": _HEADS}
+    out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, **how)
     return tuple(out.values())
