@@ -19,6 +19,10 @@ from lasad_jax.ops.passes.mixed_heads import log_factors, mixed_heads_product
 from lasad_jax.ops.passes.split_heads import split_heads
 from lasad_jax.training.sharding import RULES, make_mesh
 
+if jax.__version_info__ >= (0, 11):
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
 NEEDS_JAX_11 = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
 )
@@ -110,6 +114,19 @@ def test_is_the_passes_one_by_one(case, interpreted):
     args, d_out = inputs(case)
     got = run(joined, case, args, d_out)
     assert {got[name].dtype for name in ("out", "q", "kernel")} == {jnp.dtype(jnp.bfloat16)}
+    assert_close(got, wanted(case, args, d_out))
+
+
+@NEEDS_JAX_11
+@pytest.mark.parametrize(("case", "batch"), [(CASES[0], 2), (CASES[4], 2), (CASES[3], 3)], ids=str)
+def test_warpgroups_wait_for_each_other(case, batch, interpreted):
+    """Nobody reads what another may be writing. Of the last, heads that do not exist."""
+    args, d_out = inputs(case, batch=batch)
+    # Beyond the end of an array bulk copies read zeros.
+    how = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="zero")
+    with plgpu.force_gpu_interpret_mode(how):
+        got = jax.block_until_ready(results(joined, case, args, d_out))
+    assert not get_races().races_found
     assert_close(got, wanted(case, args, d_out))
 
 
