@@ -32,6 +32,16 @@ LETTERS = range(ord("A"), ord("Z") + 1)
 
 
 @pytest.fixture(scope="module")
+def latin(tmp_path_factory):
+    """Three faces in a file, none with a Han character."""
+    faces = TTCollection()
+    faces.fonts = [TTFont(SANS) for _ in range(3)]
+    path = tmp_path_factory.mktemp("fonts") / "latin.ttc"
+    faces.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def collection(tmp_path_factory):
     """Three faces in a file: the letters of two fonts, in place of the first Han characters."""
     faces = TTCollection()
@@ -151,18 +161,23 @@ def test_missing_fonts_are_named_with_their_packages(tmp_path):
         find_faces(tmp_path)
 
 
-def test_the_command_writes_what_the_source_reads(tmp_path, collection):
+def test_the_command_writes_what_the_source_reads(tmp_path, collection, latin):
     fonts = tmp_path / "fonts"
     fonts.mkdir()
-    for face in HAN_FACES:
-        (fonts / face.file).symlink_to(SANS)
     flags = (f"--out={tmp_path}/han", f"--fonts={fonts}", "--size=12", "--levels=4")
+
+    def put(path):
+        for face in HAN_FACES:
+            (fonts / face.file).unlink(missing_ok=True)
+            (fonts / face.file).symlink_to(path)
+
+    put(SANS)
     message = "NotoSansCJK-Regular.ttc, face 2, cannot be read (of 1 in the file"
     assert message in command("render_characters", *flags, fails=True)
+    put(latin)
+    assert "none of these fonts" in command("render_characters", *flags, fails=True)
     assert not (tmp_path / "han").exists()
-    for face in HAN_FACES:
-        (fonts / face.file).unlink()
-        (fonts / face.file).symlink_to(collection)
+    put(collection)
     said = command("render_characters", *flags)
     data = DataConfig(source="idx", directory=f"{tmp_path}/han", levels=4)
     train, test = load_images(data, "train"), load_images(data, "test")

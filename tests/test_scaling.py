@@ -82,9 +82,8 @@ def test_rows_of_eight_devices(tmp_path, capsys, monkeypatch):
         assert row["efficiency"] == pytest.approx(alone["seconds"] / row["seconds"])
         assert row["flops"] == counts.step_flops(model, 6 * images)
         assert row["compiling"] == 0
-        assert not {"exposed", "compute_seconds", "utilization", "skipped"} & set(
-            row
-        )  # a CPU tells of neither
+        # A CPU tells of none of these.
+        assert not {"exposed", "compute_seconds", "utilization", "skipped"} & set(row)
     # Parameters and AdamW's moments of a device: all of them, or an eighth.
     assert alone["memory_bytes"] - split["memory_bytes"] > 0.7 * 12 * alone["parameters"]
 
