@@ -10,14 +10,27 @@ from flax import linen as nn
 from kernel_cases import lower, quick_jit
 
 from lasad_jax.config import MeshConfig
+from lasad_jax.models.config import ModelConfig
+from lasad_jax.models.mixers import LASADMixer
 from lasad_jax.models.operator import mesh_axes
 from lasad_jax.models.rope import turns
 from lasad_jax.ops import NoDecay, RasterDecay, SequenceDecay, linear_attention
+from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.passes import mixed_heads as module
 from lasad_jax.ops.passes.gated_products import gated_heads_product
-from lasad_jax.ops.passes.mixed_heads import log_factors, mixed_heads_product
+from lasad_jax.ops.passes.mixed_heads import (
+    fused,
+    group_size,
+    join,
+    log_factors,
+    mixed_heads_product,
+)
 from lasad_jax.ops.passes.split_heads import split_heads
 from lasad_jax.training.sharding import RULES, make_mesh
+
+if jax.__version_info__ >= (0, 11):
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+    from jax.experimental.pallas import mosaic_gpu as plgpu
 
 NEEDS_JAX_11 = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="Mosaic GPU kernels need jax 0.11"
@@ -57,8 +70,10 @@ def table_of(case):
     return turns(grid, 32, 0, num_tokens, prefix_scale=1.0) if rope else None
 
 
-def joined(case, y, kernel, bias, rates, **axes):
-    family, num_tokens, grid, *_ = case
+def joined(case, y, kernel, bias, rates, *, of_device=None, **axes):
+    family, num_tokens, grid, heads, *_ = case
+    if y.shape[3] > 192:
+        y = join(y[..., :192], y[..., 192:], group_size(of_device or heads))
     steps = log_factors(family(*rates), num_tokens, grid)
     options = {"q_scale": Q_SCALE, "epsilon": EPSILON, **axes}
     return mixed_heads_product(y, kernel, steps, bias, table_of(case), **options)
@@ -123,6 +138,79 @@ def test_the_prefix_token_has_gradients(interpreted):
 
 
 @NEEDS_JAX_11
+@pytest.mark.parametrize("selective", [True, False])
+def test_a_mixer_joins_its_projection_as_the_kernels_read_it(selective, interpreted, monkeypatch):
+    """Six heads, in groups of two; the same parameters with and without the kernels."""
+    model = {"num_heads": 6, "width": 384, "num_layers": 1, "grid": (7, 9)}
+    mixer = LASADMixer(ModelConfig(**model, selective=selective))
+    x = jax.random.normal(jax.random.key(0), (2, 64, 384), jnp.bfloat16)
+
+    def mix(module, x):
+        kernels = {name: kernel for name, (kernel, _) in module.kernels(x, None).items()}
+        return module(x, kernels)[0]
+
+    params = nn.meta.unbox(nn.init(mix, mixer)(jax.random.key(1), x)["params"])
+    cast = lambda path, x: x if "rate" in jax.tree_util.keystr(path) else x.astype(jnp.bfloat16)
+    params = jax.tree_util.tree_map_with_path(cast, params)
+    d_out = jax.random.normal(jax.random.key(2), x.shape, x.dtype)
+
+    def both(params, x):
+        out, pullback = jax.vjp(
+            lambda *args: nn.apply(mix, mixer)({"params": args[0]}, args[1]), params, x
+        )
+        return {"out": out, "gradients": pullback(d_out)}
+
+    want = jax.jit(both)(params, x)
+    monkeypatch.setattr(choice, "mixes_heads", lambda *_: True)
+    joined_for = []
+    monkeypatch.setattr(
+        module, "fused", lambda y, *args: joined_for.append(y.shape) or fused(y, *args)
+    )
+    got = jax.jit(lambda *args: both(*args))(params, x)
+    assert joined_for == [(2, 64, 6, 200 if selective else 192)]
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.float64(a), np.float64(b)
+        assert np.square(a - b).mean() <= 4e-4 * np.square(b).mean() + 1e-12
+
+
+def test_heads_lie_together_in_groups():
+    own, gates = np.arange(2 * 12 * 3).reshape(2, 12, 3), 1000 + np.arange(2 * 12).reshape(2, 12, 1)
+    rows = np.asarray(join(own, gates, 4)).reshape(2, 3, 16)
+    for group in range(3):
+        of_group = slice(4 * group, 4 * group + 4)
+        np.testing.assert_array_equal(rows[:, group, :12], own[:, of_group].reshape(2, 12))
+        np.testing.assert_array_equal(rows[:, group, 12:], gates[:, of_group, 0])
+    assert [group_size(heads) for heads in (1, 6, 12, 16, 20, 24)] == [1, 2, 4, 8, 4, 8]
+
+
+def test_groups_are_of_the_heads_of_a_device(monkeypatch):
+    monkeypatch.setattr(choice, "mixes_heads", lambda *_: True)
+    mixer = LASADMixer(ModelConfig(num_heads=12, width=768, num_layers=1))
+    x = jnp.zeros((4, 257, 768), jnp.bfloat16)
+    read = lambda module, x: module.kernels(x, None)["heads"][0]
+    params = nn.meta.unbox(nn.init(read, mixer)(jax.random.key(0), x)["params"])
+    run = jax.jit(lambda: nn.apply(read, mixer)({"params": params}, x))
+    kernel = lambda name: params[name]["kernel"].astype(jnp.bfloat16)
+    own = jnp.concatenate([kernel(name) for name in ("q", "k", "v", "out_gate")], axis=-1)
+    gates = jnp.pad(kernel("decay_gate")[..., None], ((0, 0), (0, 0), (0, 7)))
+    np.testing.assert_array_equal(run(), join(own, gates, 4))
+    with jax.set_mesh(make_mesh(MeshConfig(2, 2, 2))), nn.logical_axis_rules(RULES):
+        np.testing.assert_array_equal(run(), join(own, gates, 2))  # of six heads
+
+
+@NEEDS_JAX_11
+@pytest.mark.parametrize(("case", "batch"), [(CASES[0], 2), (CASES[3], 3), (CASES[4], 2)], ids=str)
+def test_no_warp_reads_what_another_may_be_writing(case, batch, interpreted):
+    args, d_out = inputs(case, batch=batch)
+    # Beyond the end of an array bulk copies read zeros.
+    how = plgpu.InterpretGPUParams(detect_races=True, uninitialized_memory="zero")
+    with plgpu.force_gpu_interpret_mode(how):
+        got = jax.block_until_ready(results(joined, case, args, d_out))
+    assert not get_races().races_found
+    assert_close(got, wanted(case, args, d_out))
+
+
+@NEEDS_JAX_11
 def test_padding_is_not_read_and_has_no_gradient(interpreted):
     (y, *rest), d_out = inputs(CASES[3])
     whole = quick_jit(lambda *args: jax.vjp(functools.partial(joined, CASES[3]), *args)[1](d_out))
@@ -171,12 +259,13 @@ def test_each_device_takes_its_own_images_and_heads(monkeypatch):
             return jnp.zeros_like(y).at[..., 64:128].set(d_h), o, d_steps
 
         monkeypatch.setattr(module, "kernels", lambda ways=(forward, backward), **_: ways)
-        want = jax.jit(functools.partial(results, joined, case))(args, d_out)
+        alone = functools.partial(joined, of_device=1)
+        want = jax.jit(functools.partial(results, alone, case))(args, d_out)
         mesh = make_mesh(MeshConfig(2, 2, 2))
         seen.clear()
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
             axes = {"batch_axes": mesh_axes("batch", batch), "head_axes": mesh_axes("heads", 2)}
-            function = functools.partial(joined, **axes)
+            function = functools.partial(alone, **axes)
             got = jax.jit(functools.partial(results, function, case))(args, d_out)
         assert set(seen) == {(own, own[1])}
         for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

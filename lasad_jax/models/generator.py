@@ -63,7 +63,8 @@ class Block(nn.Module):
         state, recent, index = None, None, 0
         if cache is not None:
             state, recent, index = cache.mixer, cache.recent, cache.mixer.index
-        kernels = mixer.kernels() | (conv.kernels() if conv else {}) | ffn.kernels(carry[0])
+        kernels = mixer.kernels(carry[0], state) | ffn.kernels(carry[0])
+        kernels |= conv.kernels() if conv else {}
         x, branch, kernels = exchanged(*carry, kernels)
         x, y = AddNorm(config, self.train, name="mixer_norm")(x, branch)
         branch, state = mixer(y, kernels, state)

@@ -24,7 +24,7 @@ from lasad_jax.models.rope import rotate, turns
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.passes.gated_products import gated_heads_product
-from lasad_jax.ops.passes.mixed_heads import log_factors, mixed_heads_product
+from lasad_jax.ops.passes.mixed_heads import group_size, join, log_factors, mixed_heads_product
 from lasad_jax.ops.passes.split_heads import split_heads
 from lasad_jax.ops.product import product
 
@@ -89,17 +89,19 @@ class LASADMixer(nn.Module):
             for name, longest in _longest_half_lives(config).items()
         }
 
-    def kernels(self) -> Named:
-        """Each head's [q | k | v | output's gate | content gate | padding] as one kernel, and the
-        output's."""
-        kernels = [self.q(), self.k(), self.v(), self.out_gate()]
+    def kernels(self, x: Float[Array, "B N D"], cache: ops.State | None) -> Named:
+        """Each head's [q | k | v | output's gate | content gate | padding] as one kernel, joined as
+        these tokens are mixed, and the output's."""
+        # Joined within heads, so that they can still be split over a mesh.
+        heads = jnp.concatenate([self.q(), self.k(), self.v(), self.out_gate()], axis=-1)
         if self.config.selective:
             gate = self.decay_gate()[..., None]
-            kernels.append(jnp.pad(gate, ((0, 0), (0, 0), (0, GATE_COLUMNS - 1))))
-        # Joined within each head, so that heads can still be split over a mesh.
-        heads = keep(jnp.concatenate(kernels, axis=-1))
+            gates = jnp.pad(gate, ((0, 0), (0, 0), (0, GATE_COLUMNS - 1)))
+            of_device = self.config.num_heads // num_devices("heads", self.config.num_heads)
+            mixes = self._mixes_heads(x, cache, heads.dtype)
+            heads = join(heads, gates, group_size(of_device) if mixes else 1)
         self.norm()  # in the rows of the output's (`fold_norms`)
-        return {"heads": (heads, _HEADS), "out": (self.out(), _OUT)}
+        return {"heads": (keep(heads), _HEADS), "out": (self.out(), _OUT)}
 
     def __call__(
         self, x: Float[Array, "B N D"], kernels: Kernels, cache: ops.State | None = None
@@ -116,7 +118,7 @@ class LASADMixer(nn.Module):
         decay, state = decay_of(config, self.rates.get), None
         q_scale = config.query_dim**-0.5
         over = {"batch_axes": mesh_axes("batch", x.shape[0]), "head_axes": heads}
-        if cache is None and self._mixes_heads(y, decay):
+        if self._mixes_heads(x, cache, y.dtype):
             steps = log_factors(decay, x.shape[1], config.grid)
             options = {"q_scale": q_scale, "epsilon": NORM_EPSILON, **over}
             return mixed_heads_product(y, kernels["out"], steps, bias, table, **options), None
@@ -164,12 +166,17 @@ class LASADMixer(nn.Module):
         )
         return out, state
 
-    def _mixes_heads(self, y: Float[Array, "B N H W"], decay: ops.Decay) -> bool:
+    def _mixes_heads(
+        self, x: Float[Array, "B N D"], cache: ops.State | None, dtype: jnp.dtype
+    ) -> bool:
         """Whether all that lies between the projections runs as one kernel each way."""
         config = self.config
-        devices = num_devices("batch", y.shape[0]) * num_devices("heads", config.num_heads)
+        if cache is not None or config.implementation != "auto":
+            return False
+        y = jax.ShapeDtypeStruct((*x.shape[:2], config.num_heads, 1), dtype)
+        devices = num_devices("batch", x.shape[0]) * num_devices("heads", config.num_heads)
         widths = config.query_dim, config.value_dim
-        return config.implementation == "auto" and choice.mixes_heads(y, widths, decay, devices)
+        return choice.mixes_heads(y, widths, decay_of(config, self.rates.get), devices)
 
 
 def _longest_half_lives(config: ModelConfig) -> dict[str, int]:
@@ -216,7 +223,7 @@ class SoftmaxMixer(nn.Module):
         self.q, self.k, self.v = (Kernel(config, shape, _HEADS) for _ in range(3))
         self.out = Kernel(config, _out_shape(config), _OUT)
 
-    def kernels(self) -> Named:
+    def kernels(self, x: Float[Array, "B N D"], cache: SoftmaxCache | None) -> Named:
         """Of queries, keys, values and the output."""
         inputs = {"q": self.q, "k": self.k, "v": self.v}
         named = {name: (kernel(), _HEADS) for name, kernel in inputs.items()}

@@ -16,7 +16,7 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, vector
 
 from lasad_jax.ops.kernels import mosaic_tiles as mg
-from lasad_jax.ops.kernels.mixed_heads_tiles import END, wide
+from lasad_jax.ops.kernels.mixed_heads_tiles import GATE, Columns, wide
 
 CHUNKS = 4
 SHAPE = (CHUNKS, mg.CHUNK)
@@ -61,38 +61,38 @@ def gradients(change, through, inputs, image, head, chunk, interpret):
 
 def _content(inputs, image, head, chunk, interpret):
     """The content gate with its bias, and softplus of it."""
-    x = _gates(inputs["y"], image, chunk, head, interpret) + inputs["bias"][head]
+    columns = Columns.of(inputs["y"], inputs["steps"].shape[0], head)
+    x = _gates(inputs["y"], image, chunk, columns, interpret) + inputs["bias"][head]
     return x, jnp.maximum(x, 0.0) + jnp.log(1.0 + jnp.exp(jnp.minimum(x, -x)))
 
 
-def put_gates(d_y, x, image, chunk, head, interpret):
+def put_gates(d_y, x, image, chunk, columns, interpret):
     """Writes the content gate's column of d_y and zeros into the padding after it."""
-    num_tokens, width = d_y.shape[1], d_y.shape[3] - END
-    row = chunk * mg.CHUNK
+    num_tokens, row = d_y.shape[1], chunk * mg.CHUNK
     if interpret:
-        place = lax.broadcasted_iota(jnp.int32, (width,), 0)
+        place = lax.broadcasted_iota(jnp.int32, (GATE,), 0)
         x = x.reshape(-1)
 
         def one(j, _):
-            columns = jnp.where(place == 0, x[j], 0.0).astype(d_y.dtype)
-            d_y[image, row + j, head, pl.ds(END, width)] = columns
+            gates = jnp.where(place == 0, x[j], 0.0).astype(d_y.dtype)
+            d_y[image, row + j, columns.group, pl.ds(columns.gate, GATE)] = gates
 
         lax.fori_loop(0, jnp.minimum(x.size, num_tokens - row), one, None)
         return
 
-    @plgpu.inline_mgpu(arg_types=(_REF, LAYOUT, *[_NUMBER] * 3))
-    def write(_, d_y, x, image, row, head):
+    @plgpu.inline_mgpu(arg_types=(_REF, LAYOUT, *[_NUMBER] * 4))
+    def write(_, d_y, x, image, row, group, column):
         bf16 = ir.BF16Type.get()
-        zeros = [mgpu.c(0.0, bf16)] * (width - 1)
-        columns = ir.VectorType.get((width,), bf16)
+        zeros = [mgpu.c(0.0, bf16)] * (GATE - 1)
+        gates = ir.VectorType.get((GATE,), bf16)
+        image, group, column = (_index(_value(i)) for i in (image, group, column))
         for number, token in _tokens(x, row):
             inside = arith.cmpi(arith.CmpIPredicate.slt, token, mgpu.c(num_tokens, token.type))
             with mgpu.when(inside):
-                value = vector.from_elements(columns, [arith.truncf(bf16, number), *zeros])
-                index = [_index(i) for i in (_value(image), token, _value(head))]
-                vector.store(value, d_y, [*index, mgpu.c(END, ir.IndexType.get())])
+                value = vector.from_elements(gates, [arith.truncf(bf16, number), *zeros])
+                vector.store(value, d_y, [image, _index(token), group, column])
 
-    write(d_y, x, *map(jnp.int32, (image, row, head)))
+    write(d_y, x, *map(jnp.int32, (image, row, columns.group, columns.gate)))
 
 
 def _token(chunk):
@@ -100,29 +100,29 @@ def _token(chunk):
     return (chunk + iota(0)) * mg.CHUNK + iota(1)
 
 
-def _gates(y, image, chunk, head, interpret):
+def _gates(y, image, chunk, columns, interpret):
     """The content gate's column; past N its last number."""
     row, last = chunk * mg.CHUNK, y.shape[1] - 1
     if interpret:
         rows = jnp.minimum(row + jnp.arange(CHUNKS * mg.CHUNK), last)
-        return wide(y[image, :, head, END][rows]).reshape(SHAPE)
+        return wide(y[image, :, columns.group, columns.gate][rows]).reshape(SHAPE)
 
     @plgpu.inline_mgpu(
-        arg_types=(_REF, *[_NUMBER] * 3),
+        arg_types=(_REF, *[_NUMBER] * 4),
         return_type=plgpu.ShapeDtypeStruct(SHAPE, jnp.float32, layout=LAYOUT),
     )
-    def column(_, y, image, row, head):
+    def column(_, y, image, row, group, column):
         zero = mgpu.c(0.0, ir.F32Type.get())
-        group = mgpu.FragmentedArray.splat(zero, SHAPE, mgpu.WGStridedFragLayout(SHAPE, 2))
+        chunks = mgpu.FragmentedArray.splat(zero, SHAPE, mgpu.WGStridedFragLayout(SHAPE, 2))
+        image, group, column = (_index(_value(i)) for i in (image, group, column))
         numbers = []
-        for _, token in _tokens(group, row):
+        for _, token in _tokens(chunks, row):
             token = arith.minsi(token, mgpu.c(last, token.type))
-            index = [_index(i) for i in (_value(image), token, _value(head))]
-            number = memref.load(y, [*index, mgpu.c(END, ir.IndexType.get())])
+            number = memref.load(y, [image, _index(token), group, column])
             numbers.append(arith.extf(ir.F32Type.get(), number))
         return _group(numbers)
 
-    return column(y, *map(jnp.int32, (image, row, head)))
+    return column(y, *map(jnp.int32, (image, row, columns.group, columns.gate)))
 
 
 def _running_sums(x, interpret):

@@ -25,6 +25,7 @@ from lasad_jax.ops.kernels.mosaic_columns import Arrivals, tiles
 __all__ = ["backward", "forward"]
 
 _STAGES = 2
+_STAGED = {"q": mh.Q, "k": mh.K, "v": mh.V, "out_gate": mh.OUT_GATE}
 
 
 def forward(
@@ -65,14 +66,14 @@ def forward(
     turns = functools.partial(mh.Turns.load, interpret=interpret)
     load = functools.partial(mh.load, interpret=interpret)
     scale, t = math.log2(q_scale), mg.transposed
+    fresh = functools.partial(mh.fresh, interpret=interpret)
 
     def kernel(inputs, outputs, scratch):
         at, head = lax.axis_index("b"), lax.axis_index("h")
         y, table = inputs["y"], inputs.get("table")
-        mask_tile, prefix_tile, decayed_tile = (scratch[x] for x in ("mask", "prefix", "decayed"))
-        b = scratch["b"]
+        columns, b = mh.Columns.of(y, heads, head), scratch["b"]
         arrivals = Arrivals(scratch["arrivals"], interpret)
-        slots = [scratch[name] for name in ("q", "k", "v", "out_gate")]
+        rows = lambda c: pl.ds(c * mg.CHUNK, mg.CHUNK)
 
         def load_decays(c):
             b[...] = md.log_decays(inputs, at, head, c, interpret)
@@ -80,77 +81,83 @@ def forward(
 
         def fetch(c):
             slot = lax.rem(c, _STAGES)
-            for column, tile in zip((mh.Q, mh.K, mh.V, mh.OUT_GATE), slots, strict=True):
-                arrivals.fetch(y, at, c * mg.CHUNK, head, column, tile.at[slot], slot)
+            for name, column in _STAGED.items():
+                place = columns.group, columns.first + column
+                arrivals.fetch(y, at, c * mg.CHUNK, *place, scratch[name].at[slot], slot)
 
-        def step(c, state):
-            rows = pl.ds(c * mg.CHUNK, mg.CHUNK)
+        def step(c, carry):
+            state, turn = carry
             slot, place = lax.rem(c, _STAGES), lax.rem(c, md.CHUNKS)
             if chunks > md.CHUNKS:
                 pl.when((c > 0) & (place == 0))(lambda: load_decays(c))
-            q_tile, k_tile, v_tile, gate_tile = (x.at[slot] for x in slots)
-            turn = turns(table, rows)
+            tile = lambda name: scratch[name].at[fresh(slot if name in _STAGED else 0, c)]
             arrivals.wait(slot, lax.div(c, _STAGES))
             decays = mg.Decays.load(b.at[place], base=2)
             keys = mg.without_prefix(decays.row, mg.ROW, c, 1)
             queries = decays.row + scale  # not themselves scaled, but what they meet
 
-            active = lambda tile: turn(mh.silu(load(tile)))
-            q = mh.narrow(active(q_tile))
-            k = active(k_tile)
-            k_tile[...] = mh.narrow(k)
+            active = lambda name: turn(mh.silu(load(tile(name))))
+            q = mh.narrow(active("q"))
+            k = active("k")
+            tile("k")[...] = mh.narrow(k)
             to_end = mg.by_row(jnp.exp2(decays.whole - keys), mh.KEY_DIM)
-            decayed_tile[...] = mh.narrow(k * to_end)
-            q_tile[...] = mh.narrow(state)  # the queries are in registers
+            tile("decayed")[...] = mh.narrow(k * to_end)
+            tile("q")[...] = mh.narrow(state)  # the queries are in registers
             plgpu.commit_smem()
 
             def weigh():
                 keys = mg.without_prefix(decays.column, mg.COLUMN, c, 1)
                 return jnp.exp2(mg.by_row(queries) - mg.by_column(keys))
 
-            (scores, carried), weights = multiply([(q, t(k_tile))], [(q, t(q_tile))], work=weigh)
+            (scores, carried), weights = multiply(
+                [(q, t(tile("k")))], [(q, t(tile("q")))], work=weigh
+            )
+            # The heads of the step before have left: their tiles are loaded into next.
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if keep_states:
                 place = outputs["states"].at[at, head, jnp.maximum(c - 1, 0)]
-                pl.when(c > 0)(lambda: plgpu.copy_smem_to_gmem(q_tile, place))
-            scores = mg.masked(scores, weights, mask_tile)
+                pl.when(c > 0)(lambda: plgpu.copy_smem_to_gmem(tile("q"), place))
+            scores = mg.masked(scores, weights, tile("mask"))
 
             def meanwhile():
-                plgpu.wait_smem_to_gmem(1 if keep_states else 0, wait_read_only=True)
                 later = c + _STAGES - 1
                 pl.when((c > 0) & (later < chunks))(lambda: fetch(later))
-                return mh.silu(load(gate_tile))
+                turn = turns(table, rows(jnp.minimum(c + 1, chunks - 1)))
+                return mh.silu(load(tile("out_gate"))), turn
 
-            (out, state), gate = multiply(
+            (out, state), (gate, turn) = multiply(
                 [
                     carried * mg.by_row(jnp.exp2(queries)),
-                    (scores, v_tile),
-                    (q, t(prefix_tile)),
+                    (scores, tile("v")),
+                    (q, t(tile("prefix"))),
                 ],
-                [state * jnp.exp2(decays.whole), (t(v_tile), decayed_tile)],
+                [state * jnp.exp2(decays.whole), (t(tile("v")), tile("decayed"))],
                 work=meanwhile,
             )
             plgpu.commit_smem()
             if keep_states:
-                v_tile[...] = mh.narrow(out)
-            gate_tile[...] = mh.narrow(out * mh.root_mean_square(out, epsilon) * gate)
+                tile("v")[...] = mh.narrow(out)
+            tile("out_gate")[...] = mh.narrow(out * mh.root_mean_square(out, epsilon) * gate)
             plgpu.commit_smem()
-            leaving = {"h": gate_tile} | ({"o": v_tile} if keep_states else {})
-            for name, tile in leaving.items():
-                plgpu.copy_smem_to_gmem(tile, outputs[name].at[at, rows, head])
-            return state
+            leaving = {"h": "out_gate"} | ({"o": "v"} if keep_states else {})
+            for name, source in leaving.items():
+                plgpu.copy_smem_to_gmem(tile(source), outputs[name].at[at, rows(c), head])
+            return state, turn
 
-        arrivals.start(copies=len(slots))
+        arrivals.start(copies=len(_STAGED))
         for c in range(min(_STAGES, chunks)):
             fetch(jnp.int32(c))
-        mg.fill_mask(mask_tile, 0)
+        # What comes from far is asked for before anything waits.
+        prefix = mh.Prefix.load(y, table, at, columns, interpret)
+        turn = turns(table, rows(0))
+        mg.fill_mask(scratch["mask"].at[0], 0)
         load_decays(0)
-        product = mh.Prefix.load(y, table, at, head, interpret).product()
-        prefix_tile[...] = mh.narrow(product * q_scale)
+        scratch["prefix"].at[0][...] = mh.narrow(prefix.product() * q_scale)
         plgpu.commit_smem()
-        lax.fori_loop(0, chunks, step, mg.zeros(mh.KEY_DIM))
+        lax.fori_loop(0, chunks, step, (mg.zeros(mh.KEY_DIM), turn))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    inputs = {"y": y, "steps": steps, "bias": bias, "table": table}
+    inputs = {"y": mh.in_groups(y), "steps": steps, "bias": bias, "table": table}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     narrow, broad = (functools.partial(tiles, width=x) for x in (mh.KEY_DIM, mh.VALUE_DIM))
     scratch = {
@@ -160,9 +167,9 @@ def forward(
         "out_gate": broad(_STAGES),
         "b": md.scratch(),
         "arrivals": Arrivals.scratch(4, _STAGES, interpret),
-        "mask": broad(),
-        "prefix": narrow(),
-        "decayed": narrow(),
+        "mask": broad(1),
+        "prefix": narrow(1),
+        "decayed": narrow(1),
     }
     grid = (batch, heads)
     out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="mixed_heads_forward")

@@ -22,6 +22,7 @@ from lasad_jax.ops.kernels.mosaic_columns import Arrivals, store, tiles
 _STAGES = 2
 # The stage of `Arrivals` that what gate and norm take arrives at.
 _GATED = _STAGES
+_STAGED = ("q", "k", "v", "state")
 
 
 def backward(
@@ -52,38 +53,26 @@ def backward(
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     shape = (batch, heads, 1 if bias is None else 2, *steps.shape[1:])
     d_steps = jax.ShapeDtypeStruct(shape, jnp.float32)
-    out_type = {"d_y": like(y), "h": like(d_h), "d_steps": d_steps}
+    out_type = {"d_y": like(mh.in_groups(y)), "h": like(d_h), "d_steps": d_steps}
     multiply = functools.partial(mg.multiply, interpret=interpret)
     turns = functools.partial(mh.Turns.load, interpret=interpret)
     load = functools.partial(mh.load, interpret=interpret)
     scale, t = math.log2(q_scale), mg.transposed
+    fresh = functools.partial(mh.fresh, interpret=interpret)
 
     def kernel(inputs, outputs, scratch):
         at, head = lax.axis_index("b"), lax.axis_index("h")
         y, table = inputs["y"], inputs.get("table")
+        columns = mh.Columns.of(y, heads, head)
         b, through_sums, ready = (scratch[x] for x in ("b", "through", "ready"))
         arrivals = Arrivals(scratch["arrivals"], interpret)
         rows = lambda c: pl.ds(c * mg.CHUNK, mg.CHUNK)
 
-        def load_decays(c):
-            b[...] = md.log_decays(inputs, at, head, c, interpret)
-            plgpu.commit_smem()
-
-        def put_decays(c):
-            """The gradients of a group whose chunks are done: `b` holds what they changed."""
-            sums = md.load(b), md.load(through_sums)
-            d_g, d_gate = md.gradients(*sums, inputs, at, head, c, interpret)
-            place = outputs["d_steps"].at[at, head]
-            place[0, pl.ds(c, md.CHUNKS)] = d_g
-            if d_gate is not None:
-                place[1, pl.ds(c, md.CHUNKS)] = d_gate
-                md.put_gates(outputs["d_y"], d_gate, at, c, head, interpret)
-
         def fetch(i):
             slot, c = lax.rem(i, _STAGES), chunks - 1 - i
             for name, column in (("q", mh.Q), ("k", mh.K), ("v", mh.V)):
-                tile = scratch[name].at[slot]
-                arrivals.fetch(y, at, c * mg.CHUNK, head, column, tile, slot)
+                place = columns.group, columns.first + column
+                arrivals.fetch(y, at, c * mg.CHUNK, *place, scratch[name].at[slot], slot)
             state_tile = scratch["state"].at[slot]
 
             @pl.when(c > 0)
@@ -98,7 +87,8 @@ def backward(
 
         def fetch_gated(i):
             row = (chunks - 1 - i) * mg.CHUNK
-            arrivals.fetch(y, at, row, head, mh.OUT_GATE, scratch["out_gate"], _GATED)
+            place = columns.group, columns.first + mh.OUT_GATE
+            arrivals.fetch(y, at, row, *place, scratch["out_gate"], _GATED)
             for name in ("o", "d_h"):
                 arrivals.fetch(inputs[name], at, row, head, 0, scratch[name], _GATED)
 
@@ -126,25 +116,31 @@ def backward(
         def d_active(d_x, slope_tile, turn):
             slope_tile[...] = mh.narrow(turn(d_x, back=True) * load(slope_tile))
 
+        def load_decays(c):
+            b[...] = md.log_decays(inputs, at, head, c, interpret)
+            plgpu.commit_smem()
+
+        def put_decays(c):
+            """The gradients of a group whose chunks are done: `b` holds what they changed."""
+            sums = md.load(b), md.load(through_sums)
+            d_g, d_gate = md.gradients(*sums, inputs, at, head, c, interpret)
+            place = outputs["d_steps"].at[at, head]
+            place[0, pl.ds(c, md.CHUNKS)] = d_g
+            if d_gate is not None:
+                place[1, pl.ds(c, md.CHUNKS)] = d_gate
+                md.put_gates(outputs["d_y"], d_gate, at, c, columns, interpret)
+
         def step(i, carry):
             d_state, d_prefix = carry
-            c, slot = chunks - 1 - i, lax.rem(i, _STAGES)
-            place = lax.rem(c, md.CHUNKS)
+            c = chunks - 1 - i
+            slot, place = lax.rem(i, _STAGES), lax.rem(c, md.CHUNKS)
             if chunks > md.CHUNKS:
                 new = (i > 0) & (place == md.CHUNKS - 1)
                 pl.when(new)(lambda: load_decays(c - (md.CHUNKS - 1)))
-            # The compiler must not see that these places never change: it would keep all it can
-            # derive from them in registers.
-            q_tile, k_tile, v_tile, state_tile = (
-                scratch[x].at[slot] for x in ("q", "k", "v", "state")
-            )
-            do_tile, mask_tile, other_tile = (scratch["wide"].at[j] for j in range(3))
-            q_slope, k_slope, ds_tile, decayed_tile, prefix_tile = (
-                scratch["narrow"].at[j] for j in range(5)
-            )
-            arrivals.wait(_GATED, i)
-            through_gate(do_tile)
+            tile = lambda name: scratch[name].at[fresh(slot if name in _STAGED else 0, i)]
             turn = turns(table, rows(c))
+            arrivals.wait(_GATED, i)
+            through_gate(tile("d_o"))
             arrivals.wait(slot, lax.div(i, _STAGES))
             plgpu.barrier_wait(ready.at[slot])
             decays = mg.Decays.load(b.at[place], base=2)
@@ -153,32 +149,29 @@ def backward(
             to_end, from_start = jnp.exp2(decays.whole - keys), jnp.exp2(decays.row + scale)
             # The gradients of queries and keys of the step before left from the slopes' tiles.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            q = activate(q_tile, q_slope, turn)
-            decayed_tile[...] = mh.narrow(q * mg.by_row(from_start, mh.KEY_DIM))
-            activate(k_tile, k_slope, turn)
-            ds_tile[...] = mh.narrow(d_state)
+            q = activate(tile("q"), tile("q_slope"), turn)
+            tile("decayed")[...] = mh.narrow(q * mg.by_row(from_start, mh.KEY_DIM))
+            activate(tile("k"), tile("k_slope"), turn)
+            tile("d_state")[...] = mh.narrow(d_state)
             plgpu.commit_smem()
-            leave = functools.partial(
-                store,
-                out=outputs["d_y"],
-                image=at,
-                row=c * mg.CHUNK,
-                head=head,
-                interpret=interpret,
-            )
+
+            def leave(tile, column):
+                place = at, c * mg.CHUNK, columns.group, columns.first + column
+                store(tile, outputs["d_y"], *place, interpret)
+
             plgpu.copy_smem_to_gmem(scratch["o"], outputs["h"].at[at, rows(c), head])
-            leave(scratch["out_gate"], column=mh.OUT_GATE)
+            leave(scratch["out_gate"], mh.OUT_GATE)
 
             # By (key, query), so that only d_scores is needed the other way.
             weigh = lambda: jnp.exp2(mg.by_column(decays.column + scale) - mg.by_row(keys))
             (scores, d_scores), weights = multiply(
-                [(k_tile, t(q_tile))], [(v_tile, t(do_tile))], work=weigh
+                [(tile("k"), t(tile("q")))], [(tile("v"), t(tile("d_o")))], work=weigh
             )
-            d_scores = mg.masked(d_scores, weights, mask_tile)
-            other_tile[...] = d_scores
+            d_scores = mg.masked(d_scores, weights, tile("mask"))
+            tile("d_scores")[...] = d_scores
 
             def meanwhile():
-                masked = mg.masked(scores, weights, mask_tile)
+                masked = mg.masked(scores, weights, tile("mask"))
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
                 @pl.when(i + 1 < chunks)
@@ -189,72 +182,71 @@ def backward(
                 return masked
 
             (dv, dk, dq, d_state, d_prefix), scores = multiply(
-                [(k_tile, t(ds_tile))],
-                [(v_tile, ds_tile)],
-                [(do_tile, state_tile)],
-                [d_state * jnp.exp2(decays.whole), (t(do_tile), decayed_tile)],
-                [d_prefix, (t(do_tile), q_tile)],
+                [(tile("k"), t(tile("d_state")))],
+                [(tile("v"), tile("d_state"))],
+                [(tile("d_o"), tile("state"))],
+                [d_state * jnp.exp2(decays.whole), (t(tile("d_o")), tile("decayed"))],
+                [d_prefix, (t(tile("d_o")), tile("q"))],
                 work=meanwhile,
             )
             plgpu.commit_smem()
-
-            def last():
-                # Again: the registers that would keep it are short.
-                through = jnp.sum(load(state_tile) * d_state, axis=1)
-                return through, turns(table, rows(c))
-
-            (dv, dk, dq, dq_prefix), (through, turn) = multiply(
-                [dv * mg.by_row(to_end), (scores, do_tile)],
-                [dk * mg.by_row(to_end, mh.KEY_DIM), (d_scores, q_tile)],
-                [dq * mg.by_row(from_start, mh.KEY_DIM), (t(other_tile), k_tile)],
-                [(do_tile, prefix_tile)],
-                work=last,
+            (dv, dk, dq, dq_prefix), through = multiply(
+                [dv * mg.by_row(to_end), (scores, tile("d_o"))],
+                [dk * mg.by_row(to_end, mh.KEY_DIM), (d_scores, tile("q"))],
+                [dq * mg.by_row(from_start, mh.KEY_DIM), (t(tile("d_scores")), tile("k"))],
+                [(tile("d_o"), tile("prefix"))],
+                work=lambda: jnp.sum(load(tile("state")) * d_state, axis=1),
             )
-            change = load(k_tile) * dk - load(q_tile) * dq
+            change = load(tile("k")) * dk - load(tile("q")) * dq
             b.at[place][...] = jnp.sum(change, axis=1)
             through_sums.at[place][...] = through
             plgpu.commit_smem()
-            v_tile[...] = mh.narrow(dv)
-            d_active(dq + dq_prefix, q_slope, turn)
-            d_active(dk, k_slope, turn)
+            tile("v")[...] = mh.narrow(dv)
+            d_active(dq + dq_prefix, tile("q_slope"), turn)
+            d_active(dk, tile("k_slope"), turn)
+            pl.when(place == 0)(lambda: put_decays(c))
+            pl.when(c == 0)(lambda: put_prefix(tile, d_prefix))
             plgpu.commit_smem()
-            for tile, column in ((q_slope, mh.Q), (k_slope, mh.K), (v_tile, mh.V)):
-                leave(tile, column=column)
-            if chunks > md.CHUNKS:
-                pl.when((c > 0) & (place == 0))(lambda: put_decays(c))
+            for name, column in (("q_slope", mh.Q), ("k_slope", mh.K), ("v", mh.V)):
+                leave(tile(name), column)
             return d_state, d_prefix
+
+        def put_prefix(tile, d_product):
+            """The prefix token's gradients, to the first rows of tiles on their way out."""
+            prefix = mh.Prefix.load(y, table, at, columns, interpret)
+            plgpu.commit_smem()  # the decays' sums have been read
+            gradients = prefix.gradients(d_product * q_scale, b.at[0])
+            for name, row in zip(("k_slope", "v"), gradients, strict=True):
+                first = mg.iota(0, row.shape[0]) == 0
+                whole = jnp.where(first, mg.by_column(row), load(tile(name)))
+                tile(name)[...] = mh.narrow(whole)
 
         arrivals.start(copies=3)
         fetch_gated(jnp.int32(0))
         for i in range(min(_STAGES, chunks)):
             fetch(jnp.int32(i))
-        mg.fill_mask(scratch["wide"].at[1], 1)
+        # What comes from far is asked for before anything waits.
+        prefix = mh.Prefix.load(y, table, at, columns, interpret)
+        mg.fill_mask(scratch["mask"].at[0], 1)
         load_decays((chunks - 1) // md.CHUNKS * md.CHUNKS)
-        product = mh.Prefix.load(y, table, at, head, interpret).product()
-        scratch["narrow"].at[4][...] = mh.narrow(product * q_scale)
+        scratch["prefix"].at[0][...] = mh.narrow(prefix.product() * q_scale)
         plgpu.commit_smem()
-        carry = mg.zeros(mh.KEY_DIM), mg.zeros(mh.KEY_DIM)
-        _, d_prefix = lax.fori_loop(0, chunks, step, carry)
-        put_decays(0)
-        # The prefix token's key and value: over what the first chunk wrote there.
-        plgpu.wait_smem_to_gmem(0)
-        prefix = mh.Prefix.load(y, table, at, head, interpret)
-        d_key, d_value = prefix.gradients(d_prefix * q_scale, b.at[0])
-        for x, column in ((d_key, mh.K), (d_value, mh.V)):
-            mh.put(outputs["d_y"].at[at, 0, head, pl.ds(column, x.shape[0])], mh.narrow(x))
+        lax.fori_loop(0, chunks, step, (mg.zeros(mh.KEY_DIM), mg.zeros(mh.KEY_DIM)))
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    inputs = {"y": y, "o": o, "states": states, "d_h": d_h}
+    inputs = {"y": mh.in_groups(y), "o": o, "states": states, "d_h": d_h}
     inputs |= {"steps": steps, "bias": bias, "table": table}
     inputs = {name: x for name, x in inputs.items() if x is not None}
     narrow, broad = (functools.partial(tiles, width=x) for x in (mh.KEY_DIM, mh.VALUE_DIM))
     scratch = {name: narrow(_STAGES) for name in ("q", "k", "state")}
     scratch |= {"v": broad(_STAGES), "b": md.scratch(), "through": md.scratch()}
     scratch |= {name: broad() for name in ("out_gate", "o", "d_h")}
-    scratch |= {"wide": broad(3), "narrow": narrow(5)}
+    scratch |= {name: broad(1) for name in ("d_o", "mask", "d_scores")}
+    scratch |= {name: narrow(1) for name in ("q_slope", "k_slope", "d_state", "decayed", "prefix")}
     scratch |= {
         "ready": plgpu.Barrier(num_arrivals=1, num_barriers=_STAGES),
         "arrivals": Arrivals.scratch(3, _STAGES + 1, interpret),
     }
     grid = (batch, heads)
     out = mg.launch(kernel, inputs, out_type, scratch, grid, interpret, name="mixed_heads_backward")
-    return out["d_y"], out["h"], out["d_steps"]
+    return out["d_y"].reshape(y.shape), out["h"], out["d_steps"]

@@ -15,10 +15,12 @@ from jax.extend.mlir.dialects import arith, vector
 from jax.extend.mlir.dialects import math as math_ops
 
 from lasad_jax.ops.kernels import mosaic_tiles as mg
+from lasad_jax.ops.passes.mixed_heads import group_size
 
 KEY_DIM, VALUE_DIM = 32, 64
 # Of a head's columns of y.
 Q, K, V, OUT_GATE, END = 0, KEY_DIM, 2 * KEY_DIM, 2 * KEY_DIM + VALUE_DIM, 2 * (KEY_DIM + VALUE_DIM)
+GATE = 8  # columns of the content gate, with padding
 
 
 def wide(x):
@@ -46,12 +48,56 @@ def narrow(x):
     return x.astype(jnp.bfloat16)
 
 
-def put(ref, x):
-    """Stores a short vector, in whatever pieces."""
-    if hasattr(plgpu, "store"):  # jax 0.12, which refuses short pieces unless told
-        plgpu.store(ref, x, optimized=False)
-    else:
-        ref[...] = x
+def in_groups(y):
+    """(B, N, H, W) to (B, N, groups, columns of all heads of one)."""
+    batch, num_tokens, heads, width = y.shape
+    size = group_size(heads) if width > END else 1
+    return y.reshape(batch, num_tokens, heads // size, size * width)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Where the columns of a head are in y (B, N, groups, W).
+
+    Attributes:
+      group: of heads.
+      first: of the head's own.
+      gate: of its content gate, with the padding.
+    """
+
+    group: jax.Array
+    first: jax.Array
+    gate: jax.Array
+
+    @classmethod
+    def of(cls, y, heads, head):
+        size = heads // y.shape[2]
+        number = lax.rem(head, size)
+        return cls(lax.div(head, size), number * END, size * END + number * GATE)
+
+
+def fresh(number, step, interpret):
+    """The number, as far as the compiler can tell another one at each step (below 2^30).
+
+    It would otherwise make what follows from a tile's place, the descriptors of its products above
+    all, before the loop over steps, and keep them, for want of registers, in memory.
+    """
+    if interpret:
+        return number
+    splat = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(
+        arg_types=(splat, splat),
+        return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=splat),
+    )
+    def unknown(_, number, step):
+        number, step = (x.registers.item() for x in (number, step))
+        shift = mgpu.utils.inline_ptx(
+            "shr.u32 $0, $1, 30;", step, result_types=step.type, has_side_effects=True
+        )
+        return mgpu.FragmentedArray.splat(arith.addi(number, shift), (), is_signed=True)
+
+    return unknown(jnp.int32(number), step)
 
 
 def silu(x):
@@ -151,10 +197,11 @@ class Prefix:
     value: jax.Array
 
     @classmethod
-    def load(cls, y, table, image, head, interpret):
+    def load(cls, y, table, image, columns, interpret):
         load = functools.partial(plgpu.load, optimized=False)
-        columns = load(y.at[image, 0, head, pl.ds(K, KEY_DIM)], layout=mg.COLUMN)
-        value = load(y.at[image, 0, head, pl.ds(V, VALUE_DIM)], layout=mg.ROW)
+        row = y.at[image, 0, columns.group]
+        value = load(row.at[pl.ds(columns.first + V, VALUE_DIM)], layout=mg.ROW)
+        columns = load(row.at[pl.ds(columns.first + K, KEY_DIM)], layout=mg.COLUMN)
         return cls(wide(columns), Turns.load(table, 0, interpret), wide(value))
 
     def product(self):

@@ -73,8 +73,8 @@ class Arrivals:
             plgpu.copy_gmem_to_smem(source, tile, self.barriers.at[stage])
             return
 
-        @plgpu.inline_mgpu(arg_types=(_REF, _TILE, _REF, *[_NUMBER] * 4))
-        def load(context, source, tile, memory, image, row, head, stage):
+        @plgpu.inline_mgpu(arg_types=(_REF, _TILE, _REF, *[_NUMBER] * 5))
+        def load(context, source, tile, memory, image, row, head, column, stage):
             where, options = _copy(tile, image, row, head, column)
             context.async_copy(
                 src_ref=source,
@@ -85,7 +85,7 @@ class Arrivals:
                 **options,
             )
 
-        load(source, tile, self.barriers, *map(jnp.int32, (image, row, head, stage)))
+        load(source, tile, self.barriers, *map(jnp.int32, (image, row, head, column, stage)))
 
     def wait(self, stage, turn):
         """Until all of a stage's copies have come, for the turn-th time that it is waited for."""
@@ -108,20 +108,19 @@ def store(tile, out, image, row, head, column, interpret):
         plgpu.copy_smem_to_gmem(tile, out)
         return
 
-    @plgpu.inline_mgpu(arg_types=(_TILE, _REF, *[_NUMBER] * 3))
-    def write(context, tile, out, image, row, head):
+    @plgpu.inline_mgpu(arg_types=(_TILE, _REF, *[_NUMBER] * 4))
+    def write(context, tile, out, image, row, head, column):
         where, options = _copy(tile, image, row, head, column)
         context.async_copy(src_ref=tile, dst_ref=out, arrive=True, gmem_slice=where, **options)
 
-    write(tile, out, *map(jnp.int32, (image, row, head)))
+    write(tile, out, *map(jnp.int32, (image, row, head, column)))
 
 
 def _copy(tile, image, row, head, column):
     """Where in global memory, and how tiles lie."""
     _, num_tiles, _, width = ir.MemRefType(tile.type).shape
     index = functools.partial(arith.index_cast, ir.IndexType.get())
-    image, row, head = (index(x.registers.item()) for x in (image, row, head))
-    column = mgpu.c(column, ir.IndexType.get())
+    image, row, head, column = (index(x.registers.item()) for x in (image, row, head, column))
     where = (image, mgpu.ds(row, mg.CHUNK), head, mgpu.ds(column, num_tiles * width))
     # The columns that fill no tile are beyond what is copied.
     tiling = mgpu.TileTransform(_TILING, rounding=mgpu.launch_context.Rounding.DOWN)

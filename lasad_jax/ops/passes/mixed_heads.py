@@ -10,12 +10,13 @@ and read them again.
 
 import functools
 import importlib
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, BFloat16, Float32
+from jaxtyping import Array, BFloat16, Float, Float32
 
 from lasad_jax.ops.decays import Decay, Grid
 from lasad_jax.ops.keep import keep
@@ -24,6 +25,7 @@ from lasad_jax.ops.product import d_factor, d_kernel, product
 
 # Tokens of a chunk, and of the chunks whose decays the kernels take at once.
 _CHUNK, _GROUP = 64, 256
+_MOST_HEADS = 8  # whose columns lie together
 
 
 def mixed_heads_product(
@@ -44,7 +46,8 @@ def mixed_heads_product(
 
     Args:
       y: joint projection of one prefix token and the grid's. A head's columns are [q 32 | k 32 |
-        v 64 | out_gate 64] and, with a bias, [content gate 1 | padding 7].
+        v 64 | out_gate 64] and, with a bias, [content gate 1 | padding 7], which are then joined in
+        groups of `group_size(heads of a device)`.
       kernel: of the output, Dv = 64.
       steps: log-decays of the grid (`log_factors`).
       bias: of the content gate, which adds -softplus(its column + bias) to all other steps.
@@ -65,6 +68,25 @@ def mixed_heads_product(
     ways = _on_mesh(kernels(q_scale=float(q_scale), epsilon=epsilon), batch_axes, head_axes)
     steps = keep(_in_chunks(steps, y.shape[2]))
     return keep(fused(y, kernel, steps, bias, table, *ways))
+
+
+def group_size(heads: int) -> int:
+    """How many of a device's heads lie together in a joint projection (`join`)."""
+    return math.gcd(heads, _MOST_HEADS)
+
+
+def join(
+    own: Float[Array, "*lead H W"], gates: Float[Array, "*lead H 8"], size: int = 1
+) -> Float[Array, "*lead H W+8"]:
+    """The columns of a joint projection, or of its kernel, in groups of `size` heads.
+
+    In a group those of `own` come first, one head after the other, and then the content gates with
+    their padding. Memory is read in lines of 128 bytes: heads of 384 bytes begin at lines, those of
+    400 anywhere.
+    """
+    *lead, heads, width = own.shape
+    flat = [x.reshape(*lead, heads // size, -1) for x in (own, gates)]
+    return jnp.concatenate(flat, axis=-1).reshape(*lead, heads, width + gates.shape[-1])
 
 
 def log_factors(decay: Decay, num_tokens: int, grid: Grid) -> Float32[Array, "N one_or_H"]:
