@@ -15,6 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
+from lasad_jax.ops.kernels.triton_math import Instructions
+
 # Numbers of a row that one program can hold.
 _LONGEST = 32768
 
@@ -56,7 +58,7 @@ def row_losses(
     losses = jax.ShapeDtypeStruct(tokens.shape, jnp.float32)
     gradient = jax.ShapeDtypeStruct(logits.shape, logits.dtype)
     return pl.pallas_call(
-        functools.partial(_kernel, columns=tiling.columns),
+        functools.partial(_kernel, columns=tiling.columns, exp=Instructions(interpret).exp),
         grid=tokens.shape,
         in_specs=[row, number],
         out_specs=(number, row if with_gradient else None),
@@ -76,7 +78,7 @@ def _tiling(vocab_size: int) -> Tiling:
     return Tiling(columns, num_warps=min(max(columns // 1024, 1), 32))
 
 
-def _kernel(logits_ref, token_ref, loss_ref, gradient_ref, *, columns):
+def _kernel(logits_ref, token_ref, loss_ref, gradient_ref, *, columns, exp):
     token, (vocab_size,) = token_ref[...], logits_ref.shape
     num_blocks = pl.cdiv(vocab_size, columns)
     walk = _once if num_blocks == 1 else functools.partial(lax.fori_loop, 0, num_blocks)
@@ -99,7 +101,7 @@ def _kernel(logits_ref, token_ref, loss_ref, gradient_ref, *, columns):
         old_largest, total = sums
         x = load(block)
         largest = jnp.maximum(old_largest, jnp.max(x))
-        total = total * jnp.exp(old_largest - largest) + jnp.sum(jnp.exp(x - largest))
+        total = total * exp(old_largest - largest) + jnp.sum(exp(x - largest))
         return largest, total
 
     # The token's own logit lies where the gradient will be. The sums start from it, so that no
@@ -114,7 +116,7 @@ def _kernel(logits_ref, token_ref, loss_ref, gradient_ref, *, columns):
 
     def write(block, _):
         # Of a row held in registers these are the exponentials that were added above.
-        d_x = jnp.exp(load(block) - largest) * (1.0 / total)
+        d_x = exp(load(block) - largest) * (1.0 / total)
         ref, places, exist = window(gradient_ref, block)
         d_x = jnp.where(places == token, d_x - 1.0, d_x)
         plgpu.store(ref, d_x.astype(gradient_ref.dtype), mask=exist)
