@@ -84,9 +84,13 @@ def join(
     their padding. Memory is read in lines of 128 bytes: heads of 384 bytes begin at lines, those of
     400 anywhere.
     """
-    *lead, heads, width = own.shape
-    flat = [x.reshape(*lead, heads // size, -1) for x in (own, gates)]
-    return jnp.concatenate(flat, axis=-1).reshape(*lead, heads, width + gates.shape[-1])
+    *lead, heads, _ = own.shape
+    own, gates = (x.reshape(*lead, heads // size, -1) for x in (own, gates))
+    room = lambda before, after: [(0, 0)] * (own.ndim - 1) + [(before, after)]
+    # A sum, since XLA joins the kernels of all layers in one pass then, and those of a
+    # concatenation of so few parts one by one.
+    joined = jnp.pad(own, room(0, gates.shape[-1])) + jnp.pad(gates, room(own.shape[-1], 0))
+    return joined.reshape(*lead, heads, -1)
 
 
 def log_factors(decay: Decay, num_tokens: int, grid: Grid) -> Float32[Array, "N one_or_H"]:
