@@ -45,7 +45,7 @@ def forward(
 
     Args:
       y: joint projection. A head's columns are [q 32 | k 32 | v 64 | out_gate 64] and, with a
-        bias, [content gate 1 | padding 7].
+        bias, [content gate 1 | padding 7], in groups (`passes.mixed_heads.join`).
       steps: log-decays in chunks of 64 tokens, M a multiple of 4 that holds N of them. The prefix
         token's and what is past N count for nothing.
       bias: of the content gate, which adds -softplus(its column + bias).
