@@ -24,14 +24,18 @@ from lasad_jax.models.rope import rotate, turns
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
 from lasad_jax.ops.passes.gated_products import gated_heads_product
-from lasad_jax.ops.passes.mixed_heads import group_size, join, log_factors, mixed_heads_product
+from lasad_jax.ops.passes.mixed_heads import (
+    GATE_COLUMNS,
+    group_size,
+    join,
+    log_factors,
+    mixed_heads_product,
+)
 from lasad_jax.ops.passes.split_heads import split_heads
 from lasad_jax.ops.product import product
 
 _HEADS = ("embed", "heads", "head_dim")
 _OUT = ("heads", "head_dim", "embed")
-# Columns that the content gate's one is filled up to: rows of 16 bytes, as tensor cores read.
-GATE_COLUMNS = 8
 FAMILIES = {
     "none": ops.NoDecay,
     "sequence": ops.SequenceDecay,

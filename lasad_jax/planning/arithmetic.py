@@ -12,7 +12,7 @@ from lasad_jax.config import Config, MeshConfig
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.counts import attention_flops, product_flops
 from lasad_jax.models.generator import LASADGen, abstract_parameters
-from lasad_jax.models.mixers import GATE_COLUMNS
+from lasad_jax.ops.passes.mixed_heads import GATE_COLUMNS
 from lasad_jax.planning.collectives import Collective, collective
 from lasad_jax.planning.compiling import Memory, Step
 from lasad_jax.planning.topologies import Topology

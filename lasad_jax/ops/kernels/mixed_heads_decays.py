@@ -16,7 +16,8 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, vector
 
 from lasad_jax.ops.kernels import mosaic_tiles as mg
-from lasad_jax.ops.kernels.mixed_heads_tiles import GATE, Columns, wide
+from lasad_jax.ops.kernels.mixed_heads_tiles import Columns, wide
+from lasad_jax.ops.passes.mixed_heads import GATE_COLUMNS
 
 CHUNKS = 4
 SHAPE = (CHUNKS, mg.CHUNK)
@@ -70,12 +71,12 @@ def put_gates(d_y, x, image, chunk, columns, interpret):
     """Writes the content gate's column of d_y and zeros into the padding after it."""
     num_tokens, row = d_y.shape[1], chunk * mg.CHUNK
     if interpret:
-        place = lax.broadcasted_iota(jnp.int32, (GATE,), 0)
+        place = lax.broadcasted_iota(jnp.int32, (GATE_COLUMNS,), 0)
         x = x.reshape(-1)
 
         def one(j, _):
             gates = jnp.where(place == 0, x[j], 0.0).astype(d_y.dtype)
-            d_y[image, row + j, columns.group, pl.ds(columns.gate, GATE)] = gates
+            d_y[image, row + j, columns.group, pl.ds(columns.gate, GATE_COLUMNS)] = gates
 
         lax.fori_loop(0, jnp.minimum(x.size, num_tokens - row), one, None)
         return
@@ -83,8 +84,8 @@ def put_gates(d_y, x, image, chunk, columns, interpret):
     @plgpu.inline_mgpu(arg_types=(_REF, LAYOUT, *[_NUMBER] * 4))
     def write(_, d_y, x, image, row, group, column):
         bf16 = ir.BF16Type.get()
-        zeros = [mgpu.c(0.0, bf16)] * (GATE - 1)
-        gates = ir.VectorType.get((GATE,), bf16)
+        zeros = [mgpu.c(0.0, bf16)] * (GATE_COLUMNS - 1)
+        gates = ir.VectorType.get((GATE_COLUMNS,), bf16)
         image, group, column = (_index(_value(i)) for i in (image, group, column))
         for number, token in _tokens(x, row):
             inside = arith.cmpi(arith.CmpIPredicate.slt, token, mgpu.c(num_tokens, token.type))

@@ -155,9 +155,9 @@ def backward(
             tile("d_state")[...] = mh.narrow(d_state)
             plgpu.commit_smem()
 
-            def leave(tile, column):
+            def leave(source, column):
                 place = at, c * mg.CHUNK, columns.group, columns.first + column
-                store(tile, outputs["d_y"], *place, interpret)
+                store(source, outputs["d_y"], *place, interpret)
 
             plgpu.copy_smem_to_gmem(scratch["o"], outputs["h"].at[at, rows(c), head])
             leave(scratch["out_gate"], mh.OUT_GATE)

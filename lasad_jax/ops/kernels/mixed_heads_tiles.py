@@ -15,12 +15,11 @@ from jax.extend.mlir.dialects import arith, vector
 from jax.extend.mlir.dialects import math as math_ops
 
 from lasad_jax.ops.kernels import mosaic_tiles as mg
-from lasad_jax.ops.passes.mixed_heads import group_size
+from lasad_jax.ops.passes.mixed_heads import GATE_COLUMNS, group_size
 
 KEY_DIM, VALUE_DIM = 32, 64
 # Of a head's columns of y.
 Q, K, V, OUT_GATE, END = 0, KEY_DIM, 2 * KEY_DIM, 2 * KEY_DIM + VALUE_DIM, 2 * (KEY_DIM + VALUE_DIM)
-GATE = 8  # columns of the content gate, with padding
 
 
 def wide(x):
@@ -73,7 +72,7 @@ class Columns:
     def of(cls, y, heads, head):
         size = heads // y.shape[2]
         number = lax.rem(head, size)
-        return cls(lax.div(head, size), number * END, size * END + number * GATE)
+        return cls(lax.div(head, size), number * END, size * END + number * GATE_COLUMNS)
 
 
 def fresh(number, step, interpret):

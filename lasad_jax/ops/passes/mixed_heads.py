@@ -26,6 +26,8 @@ from lasad_jax.ops.product import d_factor, d_kernel, product
 # Tokens of a chunk, and of the chunks whose decays the kernels take at once.
 _CHUNK, _GROUP = 64, 256
 _MOST_HEADS = 8  # whose columns lie together
+# Columns that the content gate's one is filled up to: rows of 16 bytes, as tensor cores read.
+GATE_COLUMNS = 8
 
 
 def mixed_heads_product(
@@ -161,7 +163,7 @@ def _check(y, kernel, steps, gated: bool):
             f"kernel: expected {y.dtype} of shape {(y.shape[2], 64, 'D')}, "
             f"got {kernel.dtype}{kernel.shape}"
         )
-    width = 200 if gated else 192
+    width = 192 + GATE_COLUMNS * gated
     if y.shape[3] != width or y.dtype != jnp.bfloat16 or y.shape[1] % 8:
         raise ValueError(
             f"y: expected bfloat16 (B, N, H, {width}), N a multiple of 8, got {y.dtype}{y.shape}"
