@@ -1,6 +1,7 @@
 """Parameters in parts: sent once a step and kept, or sent again where memory is short."""
 
 import collections
+import functools
 import itertools
 import math
 import re
@@ -15,6 +16,7 @@ from test_sharding import collectives
 from tiny import one_device_mesh, tiny_config
 
 from lasad_jax.models.exchange import exchanged
+from lasad_jax.models.storage import stored_axis, with_parts
 from lasad_jax.training import cross_entropy, sharding
 from lasad_jax.training.state import abstract_state
 from lasad_jax.training.step import jit_step, make_train_step
@@ -23,6 +25,7 @@ WIDTH, HIDDEN, VOCAB = 24, 40, 56
 SIZES = {"width": WIDTH, "num_heads": 3, "ffn_width": HIDDEN, "vocab_size": VOCAB, "grid": (3, 5)}
 
 
+@functools.cache
 def compiled_step(remat):
     config = tiny_config(
         mesh={"data": 1, "fsdp": 8}, model=SIZES | {"num_layers": 3, "remat": remat, "unroll": 3}
@@ -31,8 +34,8 @@ def compiled_step(remat):
     batch = {"tokens": np.zeros((16, 15), np.int32), "labels": np.zeros(16, np.int32)}
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         batch = sharding.put_batch(batch, mesh)
-        step = jit_step(make_train_step(config))
-        return step.lower(abstract_state(config, mesh), batch).compile().as_text()
+        state = abstract_state(config, mesh)
+        return jit_step(make_train_step(config), state).lower(state, batch).compile().as_text()
 
 
 def gathers(text):
@@ -49,6 +52,51 @@ def test_a_layers_parameters_are_sent_once_or_again(remat, again, monkeypatch):
     # down, and gate with up, of three layers.
     assert found[WIDTH * HIDDEN] == found[WIDTH * 2 * HIDDEN] == 3 + again
     assert found[WIDTH * VOCAB] == 2  # the head, and the embedding of tokens
+
+
+def test_parts_are_pieces_of_memory():
+    """What is put together is put one behind the other, but where there are too few heads."""
+    found = re.findall(
+        r"= \w+\[([\d,]+)\]\S* all-gather\(.*?dimensions=\{(\d+)\}", compiled_step("cheap")
+    )
+    along = collections.defaultdict(set)
+    for shape, dimension in found:
+        along[tuple(map(int, shape.split(",")))].add(int(dimension))
+    assert along.pop((3, 8, WIDTH)) == {2}
+    assert {(HIDDEN, WIDTH), (VOCAB, WIDTH), (WIDTH, VOCAB)} <= set(along)
+    assert all(dimensions == {0} for dimensions in along.values()), along
+
+
+@pytest.mark.parametrize(
+    ("names", "shape", "devices", "parts", "axis"),
+    [
+        (("layers", "embed", "mlp"), (4, 24, 40), (1, 1, 2), 4, 1),
+        (("layers", "mlp", "embed"), (4, 40, 24), (1, 2, 1), 4, 1),
+        (("layers", "mlp", "embed"), (4, 40, 24), (1, 4, 1), 4, 2),  # 40 are not 16 parts
+        (("heads", "head_dim", "embed"), (6, 16, 24), (1, 1, 1), 4, 2),
+        (("heads", "head_dim", "embed"), (6, 16, 25), (1, 1, 1), 4, None),
+        (("heads", "head_dim"), (8, 16), (2, 1), 4, 0),
+        (("heads",), (8,), (1,), 4, None),  # small
+        (("taps", "channels"), (12, 24), (1, 1), 4, None),
+        (("vocab", "embed"), (56, 24), (1, 1), 8, 0),
+        ((None, "embed"), (5, 24), (1, 1), 1, 1),
+    ],
+)
+def test_the_first_axis_that_can_is_stored_in_parts(names, shape, devices, parts, axis):
+    assert stored_axis(names, shape, devices, parts) == axis
+
+
+@pytest.mark.parametrize(
+    ("axes", "parts", "joined"),
+    [
+        (None, None, None),
+        (None, "fsdp", "fsdp"),
+        ("tensor", "fsdp", ("tensor", "fsdp")),
+        (("a", "b"), None, ("a", "b")),
+    ],
+)
+def test_axes_for_computation_come_before_those_for_storage(axes, parts, joined):
+    assert with_parts(axes, parts) == joined
 
 
 def test_values_and_gradients_are_those_of_one_device():

@@ -70,7 +70,7 @@ def train_steps(config: Config, mesh, steps: int, see=lambda state: None):
     losses = []
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         state = init_state(config, mesh)
-        step = jit_step(make_train_step(config))
+        step = jit_step(make_train_step(config), state)
         see(state)
         for _ in range(steps):
             state, metrics = step(state, sharding.put_batch(next(batches), mesh))

@@ -52,8 +52,8 @@ def lower_step(
     """
     mesh = _mesh(config, devices)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        step = jit_step(make_step(config))
-        return step.lower(abstract_state(config, mesh), _random_batch(config, mesh, 0))
+        state = abstract_state(config, mesh)
+        return jit_step(make_step(config), state).lower(state, _random_batch(config, mesh, 0))
 
 
 def lower_init(config: Config, *, devices: int = 1) -> jax.stages.Lowered:

@@ -15,11 +15,11 @@ import jax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from lasad_jax.models.operator import mesh_axes, num_devices
+from lasad_jax.models.operator import mesh_axes
+from lasad_jax.models.storage import PARTS, stored_axis, with_parts
 from lasad_jax.ops.keep import keep
+from lasad_jax.ops.kernels import choice
 
-# The logical axis of kernels that no activation is split along.
-_STORED = "embed"
 # Arrays as they are multiplied, and the logical names of their axes.
 Named = dict[str, tuple[Array, tuple[str | None, ...]]]
 Kernels = dict[str, Array]
@@ -29,7 +29,7 @@ _Specs = tuple[tuple[str, PartitionSpec], ...]
 def exchanged(
     x: Float[Array, "B N D"], branch: Float[Array, "B N D"], kernels: Named
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"], Kernels]:
-    """The same tokens to go on with, and kernels with all of their "embed" axis on every device.
+    """The same tokens to go on with, and kernels that every device has all parts of.
 
     Args:
       x: tokens that are there a while before the branch, and needed a while after it. Once x is
@@ -40,9 +40,9 @@ def exchanged(
         nobody waits for their sums, which would be an exchange of their own.
     """
     arrays = {name: kernel for name, (kernel, _) in kernels.items()}
-    if num_devices(_STORED, x.shape[2]) == 1:
+    if choice.num_devices(_parts()) == 1:
         return x, branch, arrays
-    parts, together = _specs(kernels, ()), _specs(kernels, (_STORED,))
+    parts, together = _specs(kernels, in_parts=True), _specs(kernels, in_parts=False)
     awaited = tuple(name for name, kernel in arrays.items() if kernel.dtype == branch.dtype)
     # Held where they lie, or what made them would be done on all of them everywhere.
     x, arrays = _once_there(x, _hold(arrays, parts), awaited)
@@ -50,14 +50,23 @@ def exchanged(
     return x, branch, keep(arrays, if_room=True)
 
 
-def _specs(kernels: Named, whole: tuple[str, ...]) -> _Specs:
-    """How kernels lie on the mesh, axes of these names not split."""
+def _specs(kernels: Named, in_parts: bool) -> _Specs:
+    """How kernels lie on the mesh."""
 
     def spec(kernel, axes):
-        sizes = zip(axes, kernel.shape, strict=True)
-        return PartitionSpec(*(None if axis in whole else mesh_axes(axis, n) for axis, n in sizes))
+        split = [mesh_axes(axis, size) for axis, size in zip(axes, kernel.shape, strict=True)]
+        devices = [choice.num_devices(names) for names in split]
+        stored = stored_axis(axes, kernel.shape, devices, choice.num_devices(_parts()))
+        if in_parts and stored is not None:
+            split[stored] = with_parts(split[stored], _parts())
+        return PartitionSpec(*split)
 
     return tuple((name, spec(*kernel)) for name, kernel in kernels.items())
+
+
+def _parts() -> choice.Axes:
+    """Axes of the mesh whose devices share parameters."""
+    return mesh_axes(PARTS, 0)
 
 
 # A barrier holds back nobody for what only it takes: XLA drops that. What waits here is all used.

@@ -101,11 +101,12 @@ def _kept_per_image(config: ModelConfig, kind: str, platform: str) -> int:
 
 def _collectives(config: ModelConfig, mesh: AbstractMesh, images: int) -> list[Collective]:
     size, layers, found = dict(mesh.shape), config.num_layers, []
-    whole = _parameter_bytes(config, mesh)
-    own = whole / size["fsdp"]
+    whole = _parameter_bytes(config, mesh, in_parts=True)
+    own = _parameter_bytes(config, mesh) - whole + whole / size["fsdp"]
     if size["fsdp"] > 1:
+        part = whole / size["fsdp"]
         times = 1 if _sends_once(config, mesh) else 2
-        found.append(collective("all-gather", size["fsdp"], times * layers, times * own))
+        found.append(collective("all-gather", size["fsdp"], times * layers, times * part))
         found.append(collective("reduce-scatter", size["fsdp"], layers, whole))
     copies = mesh.size // (size["fsdp"] * size["tensor"])
     if copies > 1:
@@ -121,9 +122,15 @@ def _sends_once(config: ModelConfig, mesh: AbstractMesh) -> bool:
     return mesh.shape["fsdp"] > 1 and config.remat in ("none", "cheap")
 
 
-def _parameter_bytes(config: ModelConfig, mesh: AbstractMesh) -> float:
-    """Of all parameters that a device needs, as they are multiplied."""
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract_parameters(config)))
+def _parameter_bytes(config: ModelConfig, mesh: AbstractMesh, in_parts: bool = False) -> float:
+    """Of all parameters that a device needs, as they are multiplied; or of those in parts alone."""
+    boxed = abstract_parameters(config)
+    placed = jax.tree.leaves(sharding.tree_shardings(boxed, mesh))
+    parameters = sum(
+        leaf.size
+        for leaf, where in zip(jax.tree.leaves(boxed), placed, strict=True)
+        if not in_parts or "fsdp" in str(where.spec)
+    )
     if config.mixer == "lasad" and config.selective:
         filled = GATE_COLUMNS - 1
         parameters += config.num_layers * config.width * config.num_heads * filled

@@ -121,8 +121,8 @@ def _compile(config: Config, mesh: Mesh) -> jax.stages.Compiled:
         "labels": jax.ShapeDtypeStruct(tokens[:1], jnp.int32, sharding=placed),
     }
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        step = jit_step(make_train_step(config))
-        traced = step.trace(abstract_state(config, mesh), batch)
+        state = abstract_state(config, mesh)
+        traced = jit_step(make_train_step(config), state).trace(state, batch)
         lowered = traced.lower(lowering_platforms=(_PLATFORMS.get(platform, platform),))
         try:
             return lowered.compile()

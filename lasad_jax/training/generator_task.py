@@ -38,7 +38,7 @@ class GeneratorTask:
         self.measure_every, self._measure = config.metrics_every, None
         self.data = load_tokens(config.data)
         check_model(config, self.data)
-        self._train_step = jit_step(make_train_step(config))
+        self._train_step = jit_step(make_train_step(config), self.abstract_state())
         self._eval_step = jax.jit(make_eval_step(config.model))
 
     @property

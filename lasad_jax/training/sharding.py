@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Int, PyTree
 
 from lasad_jax.config import MeshConfig
+from lasad_jax.models.storage import PARTS, stored_axis, with_parts
 
 # From the slowest network to the fastest.
 AXES = ("slice", "data", "fsdp", "tensor")
@@ -19,7 +20,9 @@ BATCH_AXES = AXES[:3]
 # is split over slices: all that passes between them is the sum of gradients, once a step.
 RULES = (
     ("batch", BATCH_AXES),
-    ("embed", "fsdp"),
+    (PARTS, "fsdp"),
+    ("embed", None),
+    ("channels", None),
     ("vocab", "tensor"),
     ("mlp", "tensor"),
     ("heads", "tensor"),
@@ -120,18 +123,24 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     """Shardings of a tree whose leaves may be boxed with logical axis names.
 
-    An axis that its mesh axes do not divide evenly is left whole.
+    An axis that its mesh axes do not divide evenly is left whole. Which one is stored in parts:
+    `models.storage`.
     """
     rules = dict(RULES)
+    parts = rules[PARTS]
 
     def leaf_sharding(leaf):
         if not isinstance(leaf, nn.Partitioned):
             return replicated(mesh)
-        spec = []
-        for name, size in zip(leaf.names, leaf.value.shape, strict=True):
+        spec, shape = [], leaf.value.shape
+        for name, size in zip(leaf.names, shape, strict=True):
             axis = rules[name] if name is not None else None
             divides = axis is not None and size % mesh.shape[axis] == 0
             spec.append(axis if divides else None)
+        devices = [1 if axis is None else mesh.shape[axis] for axis in spec]
+        stored = stored_axis(leaf.names, shape, devices, mesh.shape[parts])
+        if stored is not None:
+            spec[stored] = with_parts(spec[stored], parts)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(leaf_sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))

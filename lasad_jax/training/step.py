@@ -84,10 +84,16 @@ def make_train_step(
     return train_step
 
 
-def jit_step(step: Callable) -> jax.stages.Wrapped:
-    """A step (state, batch) -> (state, metrics) to be compiled, with the state donated."""
+def jit_step(step: Callable, state: PyTree) -> jax.stages.Wrapped:
+    """A step (state, batch) -> (state, metrics) to be compiled, with the state donated.
+
+    The new state lies where `state` does, arrays or shapes with their shardings.
+    """
     options = _GPU_OPTIONS if choice.device().is_gpu else None
-    return jax.jit(step, donate_argnums=0, compiler_options=options)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
+    )
 
 
 def make_eval_step(model_config: ModelConfig) -> Callable[[PyTree, Batch], tuple[Array, Array]]:
