@@ -131,39 +131,34 @@ def decode(
         if implementation == "mosaic":
             raise ValueError("implementation: 'mosaic' takes weights that were prepared for it")
         form = "triton"
-    x = jnp.take(weights.params["token_embedding"]["embedding"], tokens, axis=0)
+    tables = weights.params["token_embedding"]["embedding"], weights.first
+    x, projection = (jnp.take(table, tokens, axis=0) for table in tables)
+    following = [layer.projection for layer in weights.layers[1:]] + [None]
+    layers, counters = [], cache.counters
     if form == "mosaic":
-        x, layers, counters = _layers_in_pairs_of_launches(config, weights, x, cache)
-    else:
-        layers, counters = [], cache.counters
-        for layer, remembered in zip(weights.layers, cache.layers, strict=True):
-            x, remembered = _layer(
-                config, form, fused, weights.pair, layer, weights.turns, x, remembered, cache.index
-            )
-            layers.append(remembered)
+        missing = between_tiling.whole_rows(len(tokens)) - len(tokens)
+        x, projection = (jnp.pad(a, ((0, missing), (0, 0))) for a in (x, projection))
+    for layer, after, remembered in zip(weights.layers, following, cache.layers, strict=True):
+        given = layer, after, weights.turns, x, projection, remembered, cache.index
+        if form == "mosaic":
+            x, projection, remembered, counters = _heads_and_rest(config, *given, counters)
+        else:
+            x, projection, remembered = _layer(config, form, fused, weights.pair, *given)
+        layers.append(remembered)
+    x = x[: len(tokens)]
     features = normalise(x.astype(jnp.float32))
     return features, Cache(cache.index + 1, tuple(layers), counters)
 
 
-def _layers_in_pairs_of_launches(config, weights, x, cache):
-    """The heads of a layer, then all from there to the next layer's heads."""
-    following = [layer.projection for layer in weights.layers[1:]] + [None]
-    missing = between_tiling.whole_rows(len(x)) - len(x)
-    x = jnp.pad(x, ((0, missing), (0, 0)))
-    projection = project(True, x, weights.layers[0].projection)
-    layers, counters = [], cache.counters
-    for layer, after, remembered in zip(weights.layers, following, cache.layers, strict=True):
-        x, projection, remembered, counters = _heads_and_rest(
-            config, layer, after, weights.turns, x, projection, remembered, cache.index, counters
-        )
-        layers.append(remembered)
-    return x[: len(x) - missing], layers, counters
+# All layers but the last are traced and lowered once: that is most of what starting a deep model
+# takes. Each begins with its own projection and ends with the next one's.
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _heads_and_rest(
     config, layer, next_projection, turns, x, projection, remembered, index, counters
 ):
+    """Two launches: the heads of a layer, then all from there to the next layer's heads."""
     from lasad_jax.ops.kernels import decode_between
 
     mixed, state = mixers.lasad("triton", config, layer, turns, projection, remembered.mixer, index)
@@ -185,11 +180,11 @@ def _heads_and_rest(
     return x, projection, Layer(state, recent), counters
 
 
-# Traced and lowered once for all layers: that is most of what starting a deep model takes.
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _layer(config, form, fused, pair, layer, turns, x, remembered, index):
-    """One layer of `decode`: the residual stream and what the layer remembers."""
-    projection = project(fused, x, layer.projection)
+def _layer(
+    config, form, fused, pair, layer, next_projection, turns, x, projection, remembered, index
+):
+    """The residual stream, the next layer's projection and what the layer remembers."""
     mixer = mixers.softmax if config.mixer == "softmax" else functools.partial(mixers.lasad, form)
     mixed, state = mixer(config, layer, turns, projection, remembered.mixer, index)
     x = y = project_add(fused, mixed, layer.out, x)
@@ -197,7 +192,9 @@ def _layer(config, form, fused, pair, layer, turns, x, remembered, index):
     if recent is not None:
         y, recent = _norm_conv(form, config, layer, x, recent, index)
     hidden = swiglu(fused, y, layer.gate_up, norm=recent is None, pair=pair)
-    return project_add(fused, hidden, layer.down, x), Layer(state, recent)
+    x = project_add(fused, hidden, layer.down, x)
+    projection = None if next_projection is None else project(fused, x, next_projection)
+    return x, projection, Layer(state, recent)
 
 
 def _norm_conv(form, config, layer, x, recent, index):

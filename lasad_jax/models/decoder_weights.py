@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, PyTree
 from lasad_jax import ops
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.decoder_forms import projection_columns, resolve_implementation
+from lasad_jax.models.decoder_products import project
 from lasad_jax.models.folding import fold
 from lasad_jax.models.mixers import decay_of
 from lasad_jax.models.rope import turn_table
@@ -52,12 +53,14 @@ class Weights:
       turns: for each token, prefix included, what RoPE multiplies a head by and what it
         multiplies its swapped pairs by: (cos, cos) and (-sin, sin).
       layers: one after the other.
+      first: of every code what the first layer's `projection` makes of it: no product of its own.
       pair: columns of gate, then of up, at a time in `gate_up`.
     """
 
     params: PyTree
     turns: Float[Array, "tokens 2 Dk"] | None
     layers: tuple[LayerWeights, ...]
+    first: Float[Array, "V columns"]
     pair: int = struct.field(pytree_node=False, default=PAIR)
 
 
@@ -85,7 +88,8 @@ def prepare(config: ModelConfig, params: PyTree, implementation: str = "auto") -
         _layer(config, jax.tree.map(lambda x, i=i: x[i], params["blocks"]), exact, pair)
         for i in range(config.num_layers)
     )
-    return Weights(params, turns, layers, pair)
+    codes = params["token_embedding"]["embedding"]
+    return Weights(params, turns, layers, project(False, codes, layers[0].projection), pair)
 
 
 def _layer(config: ModelConfig, params: PyTree, exact, pair: int) -> LayerWeights:
