@@ -68,22 +68,24 @@ def test_parts_are_pieces_of_memory():
 
 
 @pytest.mark.parametrize(
-    ("names", "shape", "devices", "parts", "axis"),
+    ("names", "shape", "devices", "parts", "axis", "on_tpu"),
     [
-        (("layers", "embed", "mlp"), (4, 24, 40), (1, 1, 2), 4, 1),
-        (("layers", "mlp", "embed"), (4, 40, 24), (1, 2, 1), 4, 1),
-        (("layers", "mlp", "embed"), (4, 40, 24), (1, 4, 1), 4, 2),  # 40 are not 16 parts
-        (("heads", "head_dim", "embed"), (6, 16, 24), (1, 1, 1), 4, 2),
-        (("heads", "head_dim", "embed"), (6, 16, 25), (1, 1, 1), 4, None),
-        (("heads", "head_dim"), (8, 16), (2, 1), 4, 0),
-        (("heads",), (8,), (1,), 4, None),  # small
-        (("taps", "channels"), (12, 24), (1, 1), 4, None),
-        (("vocab", "embed"), (56, 24), (1, 1), 8, 0),
-        ((None, "embed"), (5, 24), (1, 1), 1, 1),
+        (("layers", "embed", "mlp"), (4, 24, 40), (1, 1, 2), 4, 1, 1),
+        (("layers", "mlp", "embed"), (4, 40, 24), (1, 2, 1), 4, 1, 2),
+        (("layers", "mlp", "embed"), (4, 40, 24), (1, 4, 1), 4, 2, 2),  # 40 are not 16 parts
+        (("heads", "head_dim", "embed"), (6, 16, 24), (1, 1, 1), 4, 2, 2),
+        (("heads", "head_dim", "embed"), (6, 16, 25), (1, 1, 1), 4, None, None),
+        (("heads", "head_dim"), (8, 16), (2, 1), 4, 0, None),
+        (("heads",), (8,), (1,), 4, None, None),  # small
+        (("taps", "channels"), (12, 24), (1, 1), 4, None, None),
+        (("vocab", "embed"), (56, 24), (1, 1), 8, 0, 1),
+        ((None, "embed"), (5, 24), (1, 1), 1, 1, 1),
     ],
 )
-def test_the_first_axis_that_can_is_stored_in_parts(names, shape, devices, parts, axis):
-    assert stored_axis(names, shape, devices, parts) == axis
+def test_the_first_axis_that_can_is_stored_in_parts(names, shape, devices, parts, axis, on_tpu):
+    """But on TPUs the width."""
+    assert stored_axis(names, shape, devices, parts, "gpu") == axis
+    assert stored_axis(names, shape, devices, parts, "tpu") == on_tpu
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny import ROOT, environment, tiny_config
 
 from lasad_jax.models import count_parameters
+from lasad_jax.models.generator import abstract_parameters
 from lasad_jax.planning import planner, topologies
 from lasad_jax.planning.arithmetic import estimate_step
 from lasad_jax.planning.chips import H100, V5E, usable_memory
@@ -207,6 +208,17 @@ def test_meshes_and_batches_that_do_not_divide_are_refused(on_eight):
         estimate_step(dataclasses.replace(config, batch_size=36), topology)
     free = dataclasses.replace(config.mesh, data=-1)
     assert batch_parts(mesh_of(free, topology)) == 8
+
+
+@pytest.mark.parametrize(
+    ("machine", "spec"),
+    [("v5e-8", (None, "tensor", "fsdp")), ("gpu:8x80GB", (None, ("tensor", "fsdp"), None))],
+)
+def test_parts_are_planned_where_the_machine_stores_them(machine, spec):
+    config = tiny_config(batch_size=32, mesh={"data": 2, "fsdp": 4})
+    mesh = mesh_of(config.mesh, find_topology(machine))
+    placed = sharding.tree_shardings(abstract_parameters(config.model), mesh)
+    assert tuple(placed["blocks"]["ffn"]["down"]["kernel"].spec) == spec
 
 
 # Reports

@@ -56,7 +56,8 @@ def _specs(kernels: Named, in_parts: bool) -> _Specs:
     def spec(kernel, axes):
         split = [mesh_axes(axis, size) for axis, size in zip(axes, kernel.shape, strict=True)]
         devices = [choice.num_devices(names) for names in split]
-        stored = stored_axis(axes, kernel.shape, devices, choice.num_devices(_parts()))
+        parts, platform = choice.num_devices(_parts()), choice.device().platform
+        stored = stored_axis(axes, kernel.shape, devices, parts, platform)
         if in_parts and stored is not None:
             split[stored] = with_parts(split[stored], _parts())
         return PartitionSpec(*split)

@@ -63,7 +63,16 @@ def estimate_step(config: Config, topology: Topology) -> Step:
 def mesh_of(config: MeshConfig, topology: Topology) -> AbstractMesh:
     """The run's mesh of a machine, which is one slice."""
     sizes = sharding.axis_sizes(config, topology.num_devices, 1, f"of {topology.name}")
-    return AbstractMesh(sizes, sharding.AXES, axis_types=(AxisType.Auto,) * len(sizes))
+    return AbstractMesh(
+        sizes,
+        sharding.AXES,
+        axis_types=(AxisType.Auto,) * len(sizes),
+        abstract_device=_device(topology.chip.kind, topology.chip.platform),
+    )
+
+
+def _device(kind: str, platform: str) -> AbstractDevice:
+    return AbstractDevice(device_kind=kind, platform=platform, num_cores=1)
 
 
 def _bytes_per_device(tree: PyTree) -> int:
@@ -76,7 +85,7 @@ def _bytes_per_device(tree: PyTree) -> int:
 @functools.cache
 def _kept_per_image(config: ModelConfig, kind: str, platform: str) -> int:
     """Bytes that the forward pass of one image more keeps for the backward pass."""
-    device = AbstractDevice(device_kind=kind, platform=platform, num_cores=1)
+    device = _device(kind, platform)
     model = LASADGen(config, train=True)
     params = unbox(abstract_parameters(config))
 

@@ -138,12 +138,19 @@ def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
             divides = axis is not None and size % mesh.shape[axis] == 0
             spec.append(axis if divides else None)
         devices = [1 if axis is None else mesh.shape[axis] for axis in spec]
-        stored = stored_axis(leaf.names, shape, devices, mesh.shape[parts])
+        stored = stored_axis(leaf.names, shape, devices, mesh.shape[parts], _platform(mesh))
         if stored is not None:
             spec[stored] = with_parts(spec[stored], parts)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(leaf_sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def _platform(mesh: Mesh | AbstractMesh) -> str | None:
+    """Of its devices; None for an abstract mesh of none in particular."""
+    if isinstance(mesh, Mesh):
+        return mesh.devices.flat[0].platform
+    return getattr(getattr(mesh, "abstract_device", None), "platform", None)
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
