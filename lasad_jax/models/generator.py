@@ -99,7 +99,7 @@ class LASADGen(nn.Module):
     def setup(self):
         config = self.config
         self.token_embedding = Embedding(config, config.vocab_size, ("vocab", "embed"))
-        self.class_embedding = Embedding(config, config.num_classes + 1, ("classes", "channels"))
+        self.class_embedding = Embedding(config, config.num_classes + 1, ("classes", "embed"))
         block = Block
         unroll = min(config.unroll or _default_unroll(config), config.num_layers)
         if config.remat != "none":
