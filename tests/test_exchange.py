@@ -55,7 +55,7 @@ def test_a_layers_parameters_are_sent_once_or_again(remat, again, monkeypatch):
 
 
 def test_parts_are_pieces_of_memory():
-    """What is put together is put one behind the other, but where there are too few heads."""
+    """What is put together is put one behind the other, but for too few heads and for classes."""
     found = re.findall(
         r"= \w+\[([\d,]+)\]\S* all-gather\(.*?dimensions=\{(\d+)\}", compiled_step("cheap")
     )
@@ -63,6 +63,7 @@ def test_parts_are_pieces_of_memory():
     for shape, dimension in found:
         along[tuple(map(int, shape.split(",")))].add(int(dimension))
     assert along.pop((3, 8, WIDTH)) == {2}
+    assert along.pop((11, WIDTH)) == {1}
     assert {(HIDDEN, WIDTH), (VOCAB, WIDTH), (WIDTH, VOCAB)} <= set(along)
     assert all(dimensions == {0} for dimensions in along.values()), along
 

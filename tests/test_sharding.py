@@ -118,7 +118,8 @@ def test_every_mesh_trains_to_the_same_parameters(mixer, sizes, on_one_device):
     # After the steps as before them, everything lies where the rules say.
     for ours, plan in zip(jax.tree.leaves(state), jax.tree.leaves(planned), strict=True):
         assert ours.sharding.is_equivalent_to(plan.sharding, ours.ndim), (ours.shape, ours.sharding)
-    # All but taps, rates and biases, and by the tensor axis also norms and classes, is split evenly.
+    # All but taps, rates and biases, and by the tensor axis also norms and classes, is split
+    # evenly.
     parts = sizes[1] * sizes[2]
     for tree in (state.params, state.opt_state, state.ema):
         leaves = jax.tree_util.tree_leaves_with_path(tree)
