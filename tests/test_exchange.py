@@ -55,7 +55,7 @@ def test_a_layers_parameters_are_sent_once_or_again(remat, again, monkeypatch):
 
 
 def test_parts_are_pieces_of_memory():
-    """What is put together is put one behind the other, but for too few heads and for classes."""
+    """What is put together is put one behind the other, but for classes, taps and too few heads."""
     found = re.findall(
         r"= \w+\[([\d,]+)\]\S* all-gather\(.*?dimensions=\{(\d+)\}", compiled_step("cheap")
     )
@@ -64,6 +64,7 @@ def test_parts_are_pieces_of_memory():
         along[tuple(map(int, shape.split(",")))].add(int(dimension))
     assert along.pop((3, 8, WIDTH)) == {2}
     assert along.pop((11, WIDTH)) == {1}
+    assert along.pop((13, WIDTH)) == {1}
     assert {(HIDDEN, WIDTH), (VOCAB, WIDTH), (WIDTH, VOCAB)} <= set(along)
     assert all(dimensions == {0} for dimensions in along.values()), along
 
@@ -78,7 +79,7 @@ def test_parts_are_pieces_of_memory():
         (("heads", "head_dim", "embed"), (6, 16, 25), (1, 1, 1), 4, None, None),
         (("heads", "head_dim"), (8, 16), (2, 1), 4, 0, None),
         (("heads",), (8,), (1,), 4, None, None),  # small
-        (("taps", "channels"), (12, 24), (1, 1), 4, None, None),
+        (("taps", "embed"), (12, 24), (1, 1), 4, 1, 1),
         (("vocab", "embed"), (56, 24), (1, 1), 8, 0, 1),
         ((None, "embed"), (5, 24), (1, 1), 1, 1, 1),
     ],

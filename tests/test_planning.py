@@ -185,9 +185,9 @@ def test_a_loop_of_layers_gathers_once_a_layer(on_eight):
     model = config.model
     # The content gate's column is filled up to eight in each head of both layers.
     filled = 2 * model.width * model.num_heads * 7
-    # On all devices: of both layers taps, each head's two rates and gate's bias, and norms of
-    # heads, of which there are too few.
-    whole = 2 * (13 * model.width + (3 + model.value_dim) * model.num_heads)
+    # On all devices: of both layers each head's two rates and gate's bias, and norms of heads, of
+    # which there are too few.
+    whole = 2 * (3 + model.value_dim) * model.num_heads
     parameters, whole = 4 * (count_parameters(model) + filled - whole), 4 * whole
     ring = {x.kind: x for x in estimated.collectives}
     assert ring["all-gather"] == collective("all-gather", 4, 2, parameters / 4)

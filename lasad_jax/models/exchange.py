@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from lasad_jax.models.operator import mesh_axes
-from lasad_jax.models.storage import PARTS, stored_axis, with_parts
+from lasad_jax.models.storage import PARTS, stored_spec
 from lasad_jax.ops.keep import keep
 from lasad_jax.ops.kernels import choice
 
@@ -29,7 +29,7 @@ _Specs = tuple[tuple[str, PartitionSpec], ...]
 def exchanged(
     x: Float[Array, "B N D"], branch: Float[Array, "B N D"], kernels: Named
 ) -> tuple[Float[Array, "B N D"], Float[Array, "B N D"], Kernels]:
-    """The same tokens to go on with, and kernels that every device has all parts of.
+    """The same tokens to go on with, and kernels, all parts of them on every device.
 
     Args:
       x: tokens that are there a while before the branch, and needed a while after it. Once x is
@@ -55,19 +55,17 @@ def _specs(kernels: Named, in_parts: bool) -> _Specs:
 
     def spec(kernel, axes):
         split = [mesh_axes(axis, size) for axis, size in zip(axes, kernel.shape, strict=True)]
-        devices = [choice.num_devices(names) for names in split]
-        parts, platform = choice.num_devices(_parts()), choice.device().platform
-        stored = stored_axis(axes, kernel.shape, devices, parts, platform)
-        if in_parts and stored is not None:
-            split[stored] = with_parts(split[stored], _parts())
-        return PartitionSpec(*split)
+        if not in_parts:
+            return PartitionSpec(*split)
+        platform = choice.device().platform
+        return stored_spec(axes, kernel.shape, split, _parts(), choice.num_devices, platform)
 
     return tuple((name, spec(*kernel)) for name, kernel in kernels.items())
 
 
 def _parts() -> choice.Axes:
     """Axes of the mesh whose devices share parameters."""
-    return mesh_axes(PARTS, 0)
+    return mesh_axes(PARTS, 0)  # Whether they divide a size is asked of each parameter.
 
 
 # A barrier holds back nobody for what only it takes: XLA drops that. What waits here is all used.

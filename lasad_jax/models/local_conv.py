@@ -11,7 +11,7 @@ from lasad_jax.models.operator import mesh_axes, passes
 from lasad_jax.ops.passes.local_conv import TAPS, local_conv, next_token, num_recent
 
 NUM_PREFIX = 1
-_AXES = ("taps", "channels")
+_AXES = ("taps", "embed")
 
 
 class LocalConv(nn.Module):

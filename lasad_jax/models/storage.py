@@ -6,7 +6,11 @@ whose memory lies in tiles, the model's width: XLA adds gradients up while it mu
 reads less.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from jax.sharding import PartitionSpec
+
+Axes = str | tuple[str, ...] | None
 
 # The logical axis that stands for parts in rules: of no parameter.
 PARTS = "parts"
@@ -16,12 +20,37 @@ _REQUIRED = {_WIDTH, "head_dim"}
 _POSSIBLE = {_WIDTH, "mlp", "heads", "vocab"}
 
 
+def stored_spec(
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    split: Sequence[Axes],
+    parts: Axes,
+    num_devices: Callable[[Axes], int],
+    platform: str | None,
+) -> PartitionSpec:
+    """How a parameter is stored on a mesh.
+
+    Args:
+      names: of its axes.
+      shape: their sizes.
+      split: axes of the mesh that each is split over for computation.
+      parts: those whose devices share parameters.
+      num_devices: along axes of the mesh.
+      platform: of the devices.
+    """
+    spec, devices = list(split), [num_devices(axes) for axes in split]
+    axis = stored_axis(names, shape, devices, num_devices(parts), platform)
+    if axis is not None:
+        spec[axis] = with_parts(spec[axis], parts)
+    return PartitionSpec(*spec)
+
+
 def stored_axis(
     names: Sequence[str | None],
     shape: Sequence[int],
     devices: Sequence[int],
     parts: int,
-    platform: str,
+    platform: str | None,
 ) -> int | None:
     """Which axis of a parameter is stored in so many parts; None if it is stored whole.
 
@@ -40,9 +69,7 @@ def stored_axis(
     return next(can, None)
 
 
-def with_parts(
-    axes: str | tuple[str, ...] | None, parts: str | tuple[str, ...] | None
-) -> str | tuple[str, ...] | None:
+def with_parts(axes: Axes, parts: Axes) -> Axes:
     """Axes of a mesh that one of a parameter is split over for computation, then for storage."""
     names = lambda x: () if x is None else (x,) if isinstance(x, str) else tuple(x)
     joined = names(axes) + names(parts)

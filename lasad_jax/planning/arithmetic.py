@@ -138,7 +138,7 @@ def _parameter_bytes(config: ModelConfig, mesh: AbstractMesh, in_parts: bool = F
     parameters = sum(
         leaf.size
         for leaf, where in zip(jax.tree.leaves(boxed), placed, strict=True)
-        if not in_parts or "fsdp" in str(where.spec)
+        if not in_parts or "fsdp" in jax.tree.leaves(tuple(where.spec))
     )
     if config.mixer == "lasad" and config.selective:
         filled = GATE_COLUMNS - 1

@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Int, PyTree
 
 from lasad_jax.config import MeshConfig
-from lasad_jax.models.storage import PARTS, stored_axis, with_parts
+from lasad_jax.models.storage import PARTS, stored_spec
 
 # From the slowest network to the fastest.
 AXES = ("slice", "data", "fsdp", "tensor")
@@ -22,7 +22,6 @@ RULES = (
     ("batch", BATCH_AXES),
     (PARTS, "fsdp"),
     ("embed", None),
-    ("channels", None),
     ("vocab", "tensor"),
     ("mlp", "tensor"),
     ("heads", "tensor"),
@@ -126,31 +125,26 @@ def tree_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
     An axis that its mesh axes do not divide evenly is left whole. Which one is stored in parts:
     `models.storage`.
     """
-    rules = dict(RULES)
-    parts = rules[PARTS]
+    rules, platform = dict(RULES), _platform(mesh)
+    num_devices = lambda axis: 1 if axis is None else mesh.shape[axis]
 
     def leaf_sharding(leaf):
         if not isinstance(leaf, nn.Partitioned):
             return replicated(mesh)
-        spec, shape = [], leaf.value.shape
+        split, shape = [], leaf.value.shape
         for name, size in zip(leaf.names, shape, strict=True):
             axis = rules[name] if name is not None else None
-            divides = axis is not None and size % mesh.shape[axis] == 0
-            spec.append(axis if divides else None)
-        devices = [1 if axis is None else mesh.shape[axis] for axis in spec]
-        stored = stored_axis(leaf.names, shape, devices, mesh.shape[parts], _platform(mesh))
-        if stored is not None:
-            spec[stored] = with_parts(spec[stored], parts)
-        return NamedSharding(mesh, PartitionSpec(*spec))
+            split.append(axis if size % num_devices(axis) == 0 else None)
+        spec = stored_spec(leaf.names, shape, split, rules[PARTS], num_devices, platform)
+        return NamedSharding(mesh, spec)
 
     return jax.tree.map(leaf_sharding, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def _platform(mesh: Mesh | AbstractMesh) -> str | None:
     """Of its devices; None for an abstract mesh of none in particular."""
-    if isinstance(mesh, Mesh):
-        return mesh.devices.flat[0].platform
-    return getattr(getattr(mesh, "abstract_device", None), "platform", None)
+    device = mesh.devices.flat[0] if isinstance(mesh, Mesh) else mesh.abstract_device
+    return None if device is None else device.platform
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
