@@ -67,12 +67,12 @@ class Cache:
     """What the decoder remembers: the number of tokens seen, and each layer's own.
 
     Attributes:
-      counters: what programs of "mosaic" count each other in, zeros between launches.
+      counters: what programs of "mosaic" count each other in.
     """
 
     index: Int[Array, ""]
     layers: tuple[Layer, ...]
-    counters: Int[Array, "phases stride"]
+    counters: tuple[Int[Array, "phases stride"], Int[Array, "phases stride"]]
 
 
 def prefill(
@@ -98,7 +98,8 @@ def start(config: ModelConfig, cache: PyTree) -> Cache:
     else:
         begin = (lambda state: state) if config.decay == "manhattan" else start_ring
     layers = tuple(Layer(begin(layer.mixer), layer.recent) for layer in split)
-    return Cache(split[0].mixer.index, layers, jnp.zeros(COUNTERS, jnp.int32))
+    counters = jnp.zeros(COUNTERS, jnp.int32), jnp.zeros(COUNTERS, jnp.int32)
+    return Cache(split[0].mixer.index, layers, counters)
 
 
 def decode(

@@ -20,8 +20,6 @@ from lasad_jax.ops.kernels import between_tiling, choice
 IMPLEMENTATIONS = ("auto", "xla", "triton", "mosaic")
 # The joint projection is this many columns wide, or a multiple: what matrix products like.
 _COLUMNS = 64
-# Below, "mosaic" is only taken if asked for: it has not been measured at all sizes.
-_FEWEST_ROWS = 64
 
 
 def resolve_implementation(
@@ -46,8 +44,6 @@ def resolve_implementation(
     if implementation == "auto":
         if mixers is not None:
             return "xla"
-        if num_rows is not None and num_rows < _FEWEST_ROWS:
-            return "triton"
         return "triton" if _obstacle_between(config, num_rows) else "mosaic"
     if mixers:
         raise ValueError(

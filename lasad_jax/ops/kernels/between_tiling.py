@@ -16,7 +16,7 @@ UNIT = 64  # columns of a piece of a matrix
 DEPTH = 128  # inputs of a piece of a matrix or of rows
 CLUSTER = 2  # programs, of rows below each other, that share pieces of matrices
 # int32 that programs count each other in: of each phase, in a line of the L2 cache of its own.
-COUNTERS = (6, 32)
+COUNTERS = (5, 32)
 # Devices known to hold a program on each, in clusters, at once: they wait for each other.
 _MULTIPROCESSORS = (132,)
 _CHANNELS = 128  # threads that a row is spread over

@@ -33,11 +33,12 @@ from lasad_jax.ops.kernels.between_tiling import (
     best_product,
     num_programs,
 )
-from lasad_jax.ops.kernels.grid_barrier import Phases
+from lasad_jax.ops.kernels.grid_barrier import Phases, clear
 from lasad_jax.ops.kernels.mosaic_tiles import COLUMN, TILE, transposed
 
-# What is done of a layer when everybody has signalled it, in this order; then programs leave.
+# What is done of a layer when everybody has signalled it, in this order.
 MIXED, CONVOLVED, HIDDEN, ADDED, SUMMED = PHASES = range(5)
+Counters = tuple[Int[Array, "phases stride"], Int[Array, "phases stride"]]
 # Warpgroups of a program.
 _MULTIPLY, _LOAD_ROWS, _LOAD_WEIGHTS = range(3)
 
@@ -50,7 +51,7 @@ def between(
     x: BFloat16[Array, "M D"],
     recent: BFloat16[Array, "B W D"],
     index: Int[Array, ""],
-    counters: Int[Array, "counters stride"],
+    counters: Counters,
     *,
     out: BFloat16[Array, "V D"],
     taps: BFloat16[Array, "taps D"],
@@ -66,7 +67,7 @@ def between(
     BFloat16[Array, "M D"],
     BFloat16[Array, "M E"] | None,
     BFloat16[Array, "B W D"],
-    Int[Array, "counters stride"],
+    Counters,
 ]:
     """From the output of a layer's heads to the next layer's projection.
 
@@ -77,7 +78,8 @@ def between(
       recent: ring of the newest inputs of the convolution, slot i % W for token i; updated
         in place.
       index: number of tokens before this one, the one prefix token included.
-      counters: of shape COUNTERS, zeros before and after; updated in place.
+      counters: zeros, and those that the launch before this one has counted in; each of shape
+        COUNTERS, updated in place.
       out, gate_up, down, projection: matrices, the norms' scales in their rows; gate_up has by
         turns 64 columns of gate and of up. projection is the next layer's, or None.
       taps: a weight per channel for each of `offsets`, (rows down, columns right) of the
@@ -87,10 +89,11 @@ def between(
       programs: at most as many as there are multiprocessors; None for that many.
 
     Returns:
-      x, the projection if there is one, recent and counters. x is rounded once per sum.
+      x, the projection if there is one, recent, and the counters for the next launch. x is rounded
+      once per sum.
     """
-    recent, counters = jax.new_ref(recent), jax.new_ref(counters)
-    launch = _kernel(
+    recent, (counters, counted) = jax.tree.map(jax.new_ref, (recent, counters))
+    run = _kernel(
         tuple(a if a is None else a.shape for a in (mixed, recent, out, gate_up, projection)),
         offsets=offsets,
         columns=columns,
@@ -101,9 +104,9 @@ def between(
     # A loop's own counter is of a weak type, which kernels cannot divide.
     index = index.astype(jnp.int32)[None]
     matrices = [w for w in (out, gate_up, down, projection) if w is not None]
-    x, *results = launch(mixed, x, index, taps, *matrices, recent, counters)
+    x, *results = run(mixed, x, index, taps, *matrices, recent, counters, counted)
     projected = results[-1] if projection is not None else None
-    return x, projected, jax.freeze(recent), jax.freeze(counters)
+    return x, projected, jax.freeze(recent), (jax.freeze(counted), jax.freeze(counters))
 
 
 def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
@@ -120,7 +123,7 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
     def body(*refs):
         mixed, x, index_ref, taps, *refs = refs
         matrices, refs = refs[: len(products)], refs[len(products) :]
-        recent, counters, added, middle, y, hidden, squares, *refs = refs
+        recent, counters, counted, added, middle, y, hidden, squares, *refs = refs
         projected, refs = (refs[0], refs[1:]) if last is not None else (None, refs)
         scratch = dict(zip(scratch_of, refs, strict=True))
         if interpret:
@@ -139,7 +142,8 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
             pl.when(pipeline.tiles(product) > 0)(functools.partial(wait, phase))
 
         def swiglu(_, gate, up):
-            return gate / (1 + jnp.exp(-gate)) * up
+            root = lax.rsqrt(1 + jnp.exp(-gate))  # a division takes longer
+            return gate * (root * root) * up
 
         def add(product, result, slot, residual, after=None):
             """residual + x w"""
@@ -222,6 +226,8 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
 
         @pl.when(warpgroup == _LOAD_WEIGHTS)
         def _():
+            if not interpret:
+                pl.when(program == 0)(lambda: clear(counted))
             pipeline.load_weights(products, matrices)
 
         @pl.when(warpgroup == _LOAD_ROWS)
@@ -252,7 +258,6 @@ def _kernel(shapes, *, offsets, columns, epsilon, programs, interpret):
             signal(SUMMED)
             for product in following:
                 project(product, projected, slot)
-            phases.leave()
 
     like = jax.ShapeDtypeStruct
     out_types = [

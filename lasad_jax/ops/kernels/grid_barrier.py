@@ -4,8 +4,10 @@ Every program must be on a multiprocessor at once, or who waits holds the place 
 for, as when two processes share a GPU under MPS and each holds a part of it. So nobody waits longer
 than about ten seconds: the launch then ends with a CUDA error ("unspecified launch failure" or
 "illegal instruction"), after which the process can use the GPU no more. Start it again with the
-GPU to itself, or with a form that takes no such launch. Counters are zero when a launch begins,
-and zero again when it has ended.
+GPU to itself, or with a form that takes no such launch.
+
+Launches that follow each other count by turns in one of two sets of counters, and each clears what
+the one before has counted in, which has ended: so nobody need be waited for at the end.
 """
 
 import dataclasses
@@ -23,7 +25,7 @@ class Phases:
     """Parts of a launch's work, each done when every program has signalled it.
 
     Attributes:
-      counters: (n, stride) int32: one for each phase, then one to leave by.
+      counters: (n, stride) int32: one for each phase, zeros when the launch begins.
       programs: how many there are.
       barriers: of each phase, in place of counters where one cluster is all of the launch, as in
         the interpreter.
@@ -46,11 +48,6 @@ class Phases:
             wait(self.counters.at[phase], self.programs)
         else:
             plgpu.barrier_wait(self.barriers.at[phase])
-
-    def leave(self) -> None:
-        """The last thing that a program does, with one of its warpgroups."""
-        if self.barriers is None:
-            leave(self.counters, self.programs)
 
 
 def signal(counter: jax.Ref) -> None:
@@ -91,30 +88,24 @@ def wait(counter: jax.Ref, count: int) -> None:
     spin(counter)
 
 
-def leave(counters: jax.Ref, count: int) -> None:
-    """Signals the last counter, for which nobody waits; the last of `count` clears them all.
-
-    Whoever waits for a counter must leave after that, or before one who does.
+def clear(counters: jax.Ref) -> None:
+    """Makes counters zero that no program of this launch counts in, for the launch after it.
 
     Args:
       counters: (n, stride) int32.
     """
-    *others, last = range(0, 4 * counters.size, 4 * counters.shape[1])
-    clear = " ".join(f"@last st.global.b32 [$0+{place}], 0;" for place in (*others, last))
+    places = range(0, 4 * counters.size, 4 * counters.shape[1])
 
     @plgpu.inline_mgpu(arg_types=(_REF,))
-    def add(_, counters):
-        _release()
+    def store(_, counters):
         mgpu.inline_ptx(
-            "{ .reg .pred last; .reg .b32 before; mov.b32 before, 0;"
-            f"@$1 atom.acq_rel.gpu.global.add.u32 before, [$0+{last}], 1;"
-            f"setp.eq.and.u32 last, before, {count - 1}, $1; {clear} }}",
+            " ".join(f"@$1 st.global.b32 [$0+{place}], 0;" for place in places),
             mgpu.memref_ptr(counters),
             mgpu.single_thread_predicate(mgpu.ThreadSubset.WARPGROUP),
             has_side_effects=True,
         )
 
-    add(counters)
+    store(counters)
 
 
 def _release():
