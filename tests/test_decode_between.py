@@ -17,10 +17,10 @@ from lasad_jax.models.generator import abstract_parameters
 from lasad_jax.ops.kernels import between_tiling, decode_triton
 from lasad_jax.ops.kernels.between_tiling import (
     CLUSTER,
-    COUNTERS,
     DEPTH,
     UNIT,
     best_product,
+    new_counters,
     rows_in_flight,
     weight_slots,
     whole_rows,
@@ -89,8 +89,7 @@ def test_token_by_token(images, sizes, columns, programs):
     weights = random_weights(*sizes)
     V, D = weights["out"].shape
     window = num_recent(columns)
-    recent = normal(images, window, D)
-    counters = jnp.zeros(COUNTERS, jnp.int32), jnp.zeros(COUNTERS, jnp.int32)
+    recent, counters = normal(images, window, D), new_counters()
     rows = whole_rows(images)
     run = functools.partial(
         between,
@@ -116,6 +115,7 @@ def test_token_by_token(images, sizes, columns, programs):
             assert (one is None) == (other is None)
             if one is not None:
                 assert_near(one[:images], other)
+    assert not any(counted.any() for counted in counters)
 
 
 def decoded(config, variables, tokens, labels, implementation, packing=None):

@@ -47,9 +47,11 @@ def test_auto_takes_it_where_it_can_run(monkeypatch, tmp_path):
     config = ModelConfig(**SMALL)
     together = lambda *args: "decode_between" in traced(config, *args)
     with on("H200"):
-        for rows in (1, 2, 56, 67, 512):
+        for rows in (1, 2, 56, 64, 67, 512):
             assert together(rows)
         assert not together(520)
+        for rows in (1, 2, 56):
+            assert "decode_between" in traced(config, rows, "mosaic", "mosaic")
         assert not together(64, "triton")
         for changes in ({"local_conv": "off"}, {"dtype": "float32"}, {"ffn_width": 520}):
             assert "decode_between" not in traced(dataclasses.replace(config, **changes), 64)
@@ -76,7 +78,9 @@ def test_a_kernel_of_one_product_leaves_its_weights_to_xla():
 
 
 @NEEDS_JAX_11
-@pytest.mark.parametrize(("images", "together"), [(2, True), (512, True), (514, False)])
+@pytest.mark.parametrize(
+    ("images", "together"), [(2, True), (32, True), (128, True), (512, True), (514, False)]
+)
 def test_each_device_launches_it_for_its_own_rows(images, together):
     """Which are, with guidance, as many as images on two devices."""
     config = ModelConfig(**SMALL)

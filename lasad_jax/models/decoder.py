@@ -33,7 +33,7 @@ from lasad_jax.models.generator import LASADGen
 from lasad_jax.models.layers import NORM_EPSILON
 from lasad_jax.models.local_conv import NUM_PREFIX
 from lasad_jax.ops.kernels import between_tiling
-from lasad_jax.ops.kernels.between_tiling import COUNTERS
+from lasad_jax.ops.kernels.between_tiling import Counters, new_counters
 from lasad_jax.ops.passes.local_conv import TAPS, next_token
 from lasad_jax.ops.ring import Ring, start_ring
 
@@ -72,7 +72,7 @@ class Cache:
 
     index: Int[Array, ""]
     layers: tuple[Layer, ...]
-    counters: tuple[Int[Array, "phases stride"], Int[Array, "phases stride"]]
+    counters: Counters
 
 
 def prefill(
@@ -98,8 +98,7 @@ def start(config: ModelConfig, cache: PyTree) -> Cache:
     else:
         begin = (lambda state: state) if config.decay == "manhattan" else start_ring
     layers = tuple(Layer(begin(layer.mixer), layer.recent) for layer in split)
-    counters = jnp.zeros(COUNTERS, jnp.int32), jnp.zeros(COUNTERS, jnp.int32)
-    return Cache(split[0].mixer.index, layers, counters)
+    return Cache(split[0].mixer.index, layers, new_counters())
 
 
 def decode(

@@ -8,6 +8,8 @@ import dataclasses
 import os
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from lasad_jax.ops.kernels.choice import hopper_obstacle
 from lasad_jax.ops.kernels.decode_tiling import INTAKE, L2, PRODUCTS, SHARED_MEMORY
@@ -15,8 +17,10 @@ from lasad_jax.ops.kernels.decode_tiling import INTAKE, L2, PRODUCTS, SHARED_MEM
 UNIT = 64  # columns of a piece of a matrix
 DEPTH = 128  # inputs of a piece of a matrix or of rows
 CLUSTER = 2  # programs, of rows below each other, that share pieces of matrices
-# int32 that programs count each other in: of each phase, in a line of the L2 cache of its own.
-COUNTERS = (5, 32)
+# What programs count each other in: of each phase, in a line of the L2 cache of its own. Launches
+# that follow each other take the one and the other by turns (`grid_barrier`).
+Counters = tuple[Int[Array, "phases stride"], Int[Array, "phases stride"]]
+_COUNTERS = (5, 32)
 # Devices known to hold a program on each, in clusters, at once: they wait for each other.
 _MULTIPROCESSORS = (132,)
 _CHANNELS = 128  # threads that a row is spread over
@@ -104,6 +108,11 @@ def weight_slots(products: tuple[Product, ...], programs: int) -> int:
     others = rows * UNIT * 2 + MOST_ROWS * 4 * (width * products[-1].most_tiles(programs) + 2)
     others += rows_in_flight(products) * DEPTH * 2 + _BARRIERS
     return min((SHARED_MEMORY - others) // _PIECE_BYTES, _MOST_SLOTS)
+
+
+def new_counters() -> Counters:
+    """Those of a first launch: int32 zeros."""
+    return jnp.zeros(_COUNTERS, jnp.int32), jnp.zeros(_COUNTERS, jnp.int32)
 
 
 def num_programs() -> int | None:

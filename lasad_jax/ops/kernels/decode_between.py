@@ -30,6 +30,7 @@ from lasad_jax.ops.kernels.between_tiling import (
     CLUSTER,
     MOST_ROWS,
     UNIT,
+    Counters,
     best_product,
     num_programs,
 )
@@ -38,7 +39,6 @@ from lasad_jax.ops.kernels.mosaic_tiles import COLUMN, TILE, transposed
 
 # What is done of a layer when everybody has signalled it, in this order.
 MIXED, CONVOLVED, HIDDEN, ADDED, SUMMED = PHASES = range(5)
-Counters = tuple[Int[Array, "phases stride"], Int[Array, "phases stride"]]
 # Warpgroups of a program.
 _MULTIPLY, _LOAD_ROWS, _LOAD_WEIGHTS = range(3)
 
@@ -78,8 +78,7 @@ def between(
       recent: ring of the newest inputs of the convolution, slot i % W for token i; updated
         in place.
       index: number of tokens before this one, the one prefix token included.
-      counters: zeros, and those that the launch before this one has counted in; each of shape
-        COUNTERS, updated in place.
+      counters: `new_counters`, or what the launch before this one returned; updated in place.
       out, gate_up, down, projection: matrices, the norms' scales in their rows; gate_up has by
         turns 64 columns of gate and of up. projection is the next layer's, or None.
       taps: a weight per channel for each of `offsets`, (rows down, columns right) of the
