@@ -50,6 +50,21 @@ def exchanged(
     return x, branch, keep(arrays, if_room=True)
 
 
+def sums_are_ours(images: choice.Axes) -> bool:
+    """Whether gradients of tables that XLA would add up in float32, the embedding's and the head's,
+    are rounded first and added up by ourselves.
+
+    Not on TPUs whose tables lie in parts of their width: XLA adds these up while it multiplies, and
+    looks up a part of every image's rows, instead of all parts of some.
+
+    Args:
+      images: axes of the mesh that they are split over.
+    """
+    in_parts = choice.num_devices(_parts()) > 1
+    left_to_xla = in_parts and choice.device().platform == "tpu"
+    return choice.num_devices(images) > 1 and not left_to_xla
+
+
 def _specs(kernels: Named, in_parts: bool) -> _Specs:
     """How kernels lie on the mesh."""
 

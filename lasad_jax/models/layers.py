@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from lasad_jax.models.config import ModelConfig
 from lasad_jax.models.exchange import Kernels, Named
 from lasad_jax.models.folding import scaled
+from lasad_jax.models.lookup import look_up
 from lasad_jax.models.operator import mesh_axes, passes
 from lasad_jax.models.sizes import ffn_width
 from lasad_jax.ops.keep import keep
@@ -54,8 +55,7 @@ class Embedding(nn.Module):
 
     Small vocabularies are looked up by a matrix product with one-hot vectors: the
     gradient of a gather would add thousands of rows to the same few addresses, one by
-    one. Large ones are gathered in the parameters' own precision, so that their
-    gradient adds up in it too.
+    one. Of large ones rows are gathered (`models.lookup`).
 
     Attributes:
       config: the model.
@@ -75,7 +75,7 @@ class Embedding(nn.Module):
         dtype = self.config.compute_dtype
         if self.rows <= _ONE_HOT_UP_TO:
             return jax.nn.one_hot(ids, self.rows, dtype=dtype) @ table.astype(dtype)
-        return jnp.take(table, ids, axis=0).astype(dtype)
+        return look_up(table, ids, self.axes, dtype)
 
 
 class Scale(nn.Module):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from lasad_jax.models.exchange import sums_are_ours
 from lasad_jax.models.operator import mesh_axes, num_devices
 from lasad_jax.ops.numerics import accumulator
 from lasad_jax.ops.passes.row_losses import row_losses
@@ -45,14 +46,13 @@ def mean_loss(
 
 
 def _mean_loss_forward(x, kernel, tokens):
-    weights, acc = kernel.astype(x.dtype), accumulator(x.dtype)
+    weights = kernel.astype(x.dtype)
     total, d_x, d_kernel = 0.0, [], 0.0
     for part in _parts(*tokens.shape, kernel.shape[-1]):
         losses, d_logits = _losses(x[:, part], weights, tokens[:, part], True)
         total += losses.sum()
-        d_logits, rows = _matrix(d_logits), _matrix(x[:, part])
-        d_x.append((d_logits @ weights.T).reshape(*losses.shape, -1))
-        d_kernel += jnp.matmul(rows.T, d_logits, preferred_element_type=acc)
+        d_x.append((_matrix(d_logits) @ weights.T).reshape(*losses.shape, -1))
+        d_kernel += _own_products(x[:, part], d_logits)
     # The division waits for the gradient's consumer: in float16 it would underflow here.
     return total / tokens.size, (jnp.concatenate(d_x, axis=1), d_kernel, kernel, tokens)
 
@@ -61,10 +61,47 @@ def _mean_loss_backward(residuals, gradient):
     d_x, d_kernel, kernel, tokens = residuals
     scale = gradient / tokens.size
     d_x = (d_x.astype(d_kernel.dtype) * scale).astype(d_x.dtype)
-    return d_x, (d_kernel * scale).astype(kernel.dtype), None
+    return d_x, _added_up((d_kernel * scale).astype(kernel.dtype), tokens.shape[0]), None
 
 
 mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
+
+
+# The kernel's gradient, as those of a model's other matrices, is summed up in float32 on each
+# device and rounded to the kernel's dtype before it is sent (`sums_are_ours`).
+
+
+def _own_products(
+    x: Float[Array, "B n D"], d_logits: Float[Array, "B n V"]
+) -> Float[Array, "devices D V"]:
+    """x^T d_logits over the images of each device that has some of its own."""
+
+    def own_product(x, d_logits):
+        acc = accumulator(x.dtype)
+        return jnp.matmul(_matrix(x).T, _matrix(d_logits), preferred_element_type=acc)[None]
+
+    images, codes = mesh_axes("batch", len(x)), mesh_axes("vocab", d_logits.shape[-1])
+    if not sums_are_ours(images):
+        return own_product(x, d_logits)
+    split = PartitionSpec(images, None, codes)
+    own_product = jax.shard_map(
+        own_product, in_specs=(PartitionSpec(images), split), out_specs=split, check_vma=False
+    )
+    return own_product(x, d_logits)
+
+
+def _added_up(own: Float[Array, "devices D V"], num_images: int) -> Float[Array, "D V"]:
+    """The sum of what each device has, in its dtype."""
+    images, codes = mesh_axes("batch", num_images), mesh_axes("vocab", own.shape[-1])
+    if not sums_are_ours(images):
+        return own[0]
+    add_up = jax.shard_map(
+        lambda own: jax.lax.psum(own[0], images),
+        in_specs=PartitionSpec(images, None, codes),
+        out_specs=PartitionSpec(None, codes),
+        check_vma=False,
+    )
+    return add_up(own)
 
 
 def _parts(num_images: int, num_tokens: int, vocab_size: int) -> list[slice]:
