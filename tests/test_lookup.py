@@ -95,7 +95,7 @@ def test_in_bfloat16_each_device_adds_up_exactly_and_sends_what_is_rounded(mesh)
         r'"stablehlo.(?:all_reduce|reduce_scatter)".*?\) : \((.*?)\)', lowered.as_text(), re.S
     )
     assert sums
-    assert all("bf16" in x for x in sums if f"{V}x" in x or f"x{D}x" in x), sums
+    assert all("bf16" in x for x in sums), sums
 
 
 def test_one_device_adds_up_in_float32():

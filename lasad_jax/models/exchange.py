@@ -68,14 +68,19 @@ def sums_are_ours(images: choice.Axes) -> bool:
 def _specs(kernels: Named, in_parts: bool) -> _Specs:
     """How kernels lie on the mesh."""
 
-    def spec(kernel, axes):
-        split = [mesh_axes(axis, size) for axis, size in zip(axes, kernel.shape, strict=True)]
-        if not in_parts:
-            return PartitionSpec(*split)
-        platform = choice.device().platform
-        return stored_spec(axes, kernel.shape, split, _parts(), choice.num_devices, platform)
+    spec = spec_in_parts if in_parts else lambda *axes: PartitionSpec(*_split(*axes))
+    return tuple((name, spec(axes, kernel.shape)) for name, (kernel, axes) in kernels.items())
 
-    return tuple((name, spec(*kernel)) for name, kernel in kernels.items())
+
+def spec_in_parts(names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """How a parameter with these names and sizes of axes is stored on the current mesh."""
+    platform = choice.device().platform
+    return stored_spec(names, shape, _split(names, shape), _parts(), choice.num_devices, platform)
+
+
+def _split(names, shape):
+    """What each axis is split over for computation."""
+    return [mesh_axes(name, size) for name, size in zip(names, shape, strict=True)]
 
 
 def _parts() -> choice.Axes:

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, Float, Int
 
-from lasad_jax.models.exchange import sums_are_ours
-from lasad_jax.models.operator import mesh_axes
-from lasad_jax.models.storage import PARTS, stored_spec
-from lasad_jax.ops.kernels import choice
+from lasad_jax.models.exchange import spec_in_parts, sums_are_ours
+from lasad_jax.models.operator import mesh_axes, num_devices
+from lasad_jax.models.storage import axis_names
 from lasad_jax.ops.numerics import accumulator
 
 
@@ -34,15 +33,10 @@ def look_up(
       dtype: of the result, and of what devices send each other.
     """
     batch, mesh = mesh_axes("batch", ids.shape[0]), jax.sharding.get_abstract_mesh()
-    split = [mesh_axes(name, size) for name, size in zip(names, table.shape, strict=True)]
-    ours = sums_are_ours(batch) and not mesh.are_all_axes_manual
-    if not ours or any(choice.num_devices(axes) > 1 for axes in split):
+    whole = max(map(num_devices, names, table.shape)) == 1
+    if not (whole and sums_are_ours(batch)) or mesh.are_all_axes_manual:
         return jnp.take(table, ids, axis=0).astype(dtype)
-    platform = choice.device().platform
-    parts = stored_spec(
-        names, table.shape, split, mesh_axes(PARTS, 0), choice.num_devices, platform
-    )
-    return _look_up(table, ids, jnp.dtype(dtype), batch, parts)
+    return _look_up(table, ids, jnp.dtype(dtype), batch, spec_in_parts(names, table.shape))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -65,9 +59,9 @@ def _backward(dtype, batch, parts, residuals, gradient):
         (sums,) = jax.linear_transpose(lambda table: jnp.take(table, ids, axis=0), exact)(
             gradient.astype(exact.dtype)
         )
-        sums, rest = sums.astype(dtype), _names(batch)
+        sums, rest = sums.astype(dtype), axis_names(batch)
         for dimension, axes in enumerate(parts):
-            if names := _names(axes):
+            if names := axis_names(axes):
                 sums = jax.lax.psum_scatter(sums, names, scatter_dimension=dimension, tiled=True)
                 rest = tuple(name for name in rest if name not in names)
         return jax.lax.psum(sums, rest)
@@ -75,10 +69,6 @@ def _backward(dtype, batch, parts, residuals, gradient):
     images = PartitionSpec(batch)
     add_up = jax.shard_map(add_up, in_specs=(images, images), out_specs=parts, check_vma=False)
     return add_up(ids, gradient).astype(table.dtype), None
-
-
-def _names(axes: choice.Axes) -> tuple[str, ...]:
-    return () if axes is None else (axes,) if isinstance(axes, str) else axes
 
 
 _look_up.defvjp(_forward, _backward)

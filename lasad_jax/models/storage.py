@@ -71,6 +71,10 @@ def stored_axis(
 
 def with_parts(axes: Axes, parts: Axes) -> Axes:
     """Axes of a mesh that one of a parameter is split over for computation, then for storage."""
-    names = lambda x: () if x is None else (x,) if isinstance(x, str) else tuple(x)
-    joined = names(axes) + names(parts)
+    joined = axis_names(axes) + axis_names(parts)
     return joined[0] if len(joined) == 1 else joined or None
+
+
+def axis_names(axes: Axes) -> tuple[str, ...]:
+    """However many they are."""
+    return () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)

@@ -73,31 +73,34 @@ mean_loss.defvjp(_mean_loss_forward, _mean_loss_backward)
 
 def _own_products(
     x: Float[Array, "B n D"], d_logits: Float[Array, "B n V"]
-) -> Float[Array, "devices D V"]:
-    """x^T d_logits over the images of each device that has some of its own."""
+) -> Float[Array, "*devices D V"]:
+    """x^T d_logits; where sums are ours, over the images of each device by itself."""
 
-    def own_product(x, d_logits):
+    def product(x, d_logits):
         acc = accumulator(x.dtype)
-        return jnp.matmul(_matrix(x).T, _matrix(d_logits), preferred_element_type=acc)[None]
+        return jnp.matmul(_matrix(x).T, _matrix(d_logits), preferred_element_type=acc)
 
-    images, codes = mesh_axes("batch", len(x)), mesh_axes("vocab", d_logits.shape[-1])
-    if not sums_are_ours(images):
-        return own_product(x, d_logits)
-    split = PartitionSpec(images, None, codes)
+    split = _spec(len(x), d_logits.shape[-1])
+    if not sums_are_ours(split[0]):
+        return product(x, d_logits)
     own_product = jax.shard_map(
-        own_product, in_specs=(PartitionSpec(images), split), out_specs=split, check_vma=False
+        lambda *factors: product(*factors)[None],
+        in_specs=(PartitionSpec(split[0]), split),
+        out_specs=split,
+        check_vma=False,
     )
     return own_product(x, d_logits)
 
 
-def _added_up(own: Float[Array, "devices D V"], num_images: int) -> Float[Array, "D V"]:
+def _added_up(own: Float[Array, "*devices D V"], num_images: int) -> Float[Array, "D V"]:
     """The sum of what each device has, in its dtype."""
-    images, codes = mesh_axes("batch", num_images), mesh_axes("vocab", own.shape[-1])
+    split = _spec(num_images, own.shape[-1])
+    images, _, codes = split
     if not sums_are_ours(images):
-        return own[0]
+        return own
     add_up = jax.shard_map(
         lambda own: jax.lax.psum(own[0], images),
-        in_specs=PartitionSpec(images, None, codes),
+        in_specs=split,
         out_specs=PartitionSpec(None, codes),
         check_vma=False,
     )
@@ -136,8 +139,12 @@ def _split(logits: Float[Array, "B n V"]) -> Float[Array, "B n V"]:
     gather the kernel, not to send logits."""
     if jax.sharding.get_abstract_mesh().empty:
         return logits
-    axes = mesh_axes("batch", logits.shape[0]), None, mesh_axes("vocab", logits.shape[2])
-    return jax.lax.with_sharding_constraint(logits, PartitionSpec(*axes))
+    return jax.lax.with_sharding_constraint(logits, _spec(logits.shape[0], logits.shape[2]))
+
+
+def _spec(num_images: int, vocab_size: int) -> PartitionSpec:
+    """Of logits (B, n, V)."""
+    return PartitionSpec(mesh_axes("batch", num_images), None, mesh_axes("vocab", vocab_size))
 
 
 def _matrix(x: Float[Array, "B n D"]) -> Float[Array, "M D"]:
