@@ -113,6 +113,7 @@ REFUSED = [
         r"model\.key_dim: 32 must be 0 or 64 with model\.mixer='softmax'",
     ),
     (OptimizerConfig, {"schedule": "x"}, r"optimizer\.schedule: 'x' is not one of .*'cosine'"),
+    (OptimizerConfig, {"mu_dtype": "float16"}, r"optimizer\.mu_dtype: 'float16' is not one of"),
     *(
         (OptimizerConfig, {name: -1}, rf"optimizer\.{name}: -1 must be at least 0")
         for name in ("learning_rate", "warmup_steps", "weight_decay")

@@ -69,6 +69,17 @@ def test_a_finished_run_stays_as_it_is_and_more_steps_go_on(run, monkeypatch):
     assert [row["loss"] for row in losses(workdir)] == expected
 
 
+def test_a_run_goes_on_with_another_dtype_of_the_first_moment(run):
+    _, workdir = run
+    half = tiny_config(steps=6, save_every=2, optimizer={"mu_dtype": "bfloat16"})
+    loop.train(half, workdir)
+    state = restore(half, workdir, 6)
+    dtypes = lambda tree: {leaf.dtype for leaf in jax.tree.leaves(tree)}
+    moments = state.opt_state[1][0]
+    assert dtypes(moments.mu) == {jnp.dtype(jnp.bfloat16)}
+    assert dtypes(moments.nu) == dtypes(state.params) == {jnp.dtype(jnp.float32)}
+
+
 def test_another_architecture_is_refused_field_by_field(run):
     _, workdir = run
     before = contents(workdir)

@@ -50,11 +50,18 @@ def is_decayed(name):
     return keys[-1] == "embedding" or (keys[-1] == "kernel" and keys[-2] in DECAYED)
 
 
-def test_updates_are_those_of_adamw_in_numpy():
+@pytest.mark.parametrize("mu_dtype", ["float32", "bfloat16"])
+def test_updates_are_those_of_adamw_in_numpy(mu_dtype):
     # The second gradient is far above the clip, the others below.
     config = tiny_config(
         steps=10,
-        optimizer={"schedule": "cosine", "warmup_steps": 2, "weight_decay": 0.3, "clip_norm": 5.0},
+        optimizer={
+            "schedule": "cosine",
+            "warmup_steps": 2,
+            "weight_decay": 0.3,
+            "clip_norm": 5.0,
+            "mu_dtype": mu_dtype,
+        },
     )
     settings, optimizer = config.optimizer, make_optimizer(config)
     params = random_like(
@@ -87,8 +94,22 @@ def test_updates_are_those_of_adamw_in_numpy():
             v = second[name] / (1 - settings.b2 ** (count + 1))
             decay = settings.weight_decay * is_decayed(name) * expected[name]
             expected[name] = expected[name] - rate * (m / (np.sqrt(v) + 1e-8) + decay)
+    # Updates are of 1e-3.
+    atol = 2e-6 if mu_dtype == "float32" else 1e-3 * 2 * jnp.finfo(mu_dtype).eps
     for name, value in leaves(params).items():
-        np.testing.assert_allclose(value, expected[name], rtol=0, atol=2e-6, err_msg=name)
+        np.testing.assert_allclose(value, expected[name], rtol=0, atol=atol, err_msg=name)
+    moments = opt_state[1][0]
+    for moment, reference, dtype in (
+        (moments.mu, first, mu_dtype),
+        (moments.nu, second, "float32"),
+    ):
+        assert {leaf.dtype for leaf in jax.tree.leaves(moment)} == {jnp.dtype(dtype)}
+        rounding = 8 * jnp.finfo(dtype).eps
+        for name, value in leaves(moment).items():
+            largest = np.abs(reference[name]).max()
+            np.testing.assert_allclose(
+                value, reference[name], rtol=0, atol=rounding * largest, err_msg=name
+            )
 
 
 @pytest.mark.parametrize(

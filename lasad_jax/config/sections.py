@@ -7,6 +7,7 @@ IMAGE_SOURCES = ("digits", "idx", "folder", "tfds")
 SOURCES = (*IMAGE_SOURCES, "codes")
 FITS = ("crop", "pad")
 SCHEDULES = ("constant", "cosine")
+MU_DTYPES = ("float32", "bfloat16")
 GUIDANCE_SCHEDULES = ("constant", "linear", "power-cosine")
 RECONSTRUCTION_LOSSES = ("l2", "l1")
 
@@ -79,6 +80,8 @@ class OptimizerConfig:
       schedule: "constant", or "cosine" down to 0 at the last step.
       warmup_steps: linear warm-up from 0, in either schedule.
       b1, b2, weight_decay: AdamW; decay only for matrices, not for norms, biases or rates.
+      mu_dtype: what the running mean of gradients is stored in; "bfloat16" spares two bytes for
+        each parameter, and may be changed in a run.
       clip_norm: largest global gradient norm.
       accumulate: micro-batches per step; the batch is split, its mean gradient is the same.
       ema_decay: decay of the parameter average, reached gradually; 0 keeps no average.
@@ -94,6 +97,7 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.05
+    mu_dtype: str = "float32"
     clip_norm: float = 1.0
     accumulate: int = 1
     ema_decay: float = 0.9999
@@ -102,6 +106,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         one_of("optimizer", self, "schedule", SCHEDULES)
+        one_of("optimizer", self, "mu_dtype", MU_DTYPES)
         at_least("optimizer", self, 0, "learning_rate", "warmup_steps", "weight_decay")
         at_least("optimizer", self, 1, "accumulate", "max_skips")
         if self.spike_factor != 0:

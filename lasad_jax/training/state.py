@@ -61,6 +61,7 @@ def make_optimizer(config: RunConfig) -> optax.GradientTransformation:
             learning_rate(optimizer, config.steps),
             b1=optimizer.b1,
             b2=optimizer.b2,
+            mu_dtype=optimizer.mu_dtype,
             weight_decay=optimizer.weight_decay,
             mask=_matrices,
         ),
